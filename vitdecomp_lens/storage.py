@@ -1,0 +1,211 @@
+"""One file of labelled tensors: safetensors, with a JSON header of ours, written whole or not at all.
+
+Nothing is ever unpickled. Every tensor and the header carry a checksum, so that a damaged file is an error and
+never a wrong number. Use `write` and `read` for values that fit into memory; a stream over a data set is another
+matter.
+"""
+
+import json
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitdecomp_lens.components import Component
+from vitdecomp_lens.coverage import Coverage, Stop
+from vitdecomp_lens.errors import InputError, StoreError
+
+FORMAT = "vitdecomp_lens"
+VERSION = 1
+_CHECKSUM = f"{FORMAT}.crc32"
+# torch.save writes a zip archive; a pickle starts with its protocol, where a header's length would have zeros.
+_PICKLED = re.compile(rb"PK\x03\x04|\x80[\x02-\x05][^\x00]")
+
+
+def as_json(what: str, value: Any) -> Any:
+    """Return ``value`` as JSON gives it back (tuples become lists), or refuse it.
+
+    Args:
+        what: What the value is, for the message.
+        value: Strings, finite numbers, booleans, None, and lists and dictionaries of them.
+
+    Raises:
+        InputError: Where JSON cannot hold the value.
+
+    Example:
+        >>> as_json("metadata", {"image_size": (224, 224)})
+        {'image_size': [224, 224]}
+    """
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"Expected {what} that JSON can hold (strings, finite numbers, booleans, None, lists, dictionaries): "
+            f"{error}. Store tensors beside it, in a file of their own."
+        ) from error
+
+
+def write(path: str | os.PathLike[str], *, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a header, so that ``path`` holds either what it held before or all of it.
+
+    Args:
+        path: Where to. An existing file is replaced.
+        kind: What the file holds, such as ``"Decomposition"``; `read` asks for it.
+        tensors: Tensors of any dtype and layout; they are stored contiguous, without gradients, as CPU tensors.
+        header: What JSON can hold.
+
+    Raises:
+        StoreError: Where the file cannot be written.
+        InputError: Where JSON cannot hold the header.
+    """
+    path = Path(path)
+    stored = _unshared(tensors)
+    checksums = {name: _checksum(tensor) for name, tensor in stored.items()}
+    text = json.dumps(
+        {"kind": kind, "version": VERSION, "crc32": checksums, "header": as_json("a header", dict(header))}
+    )
+    metadata = {FORMAT: text, _CHECKSUM: str(zlib.crc32(text.encode()))}
+    # Beside its target, because os.replace is atomic within one file system only.
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
+    try:
+        save_file(stored, unfinished, metadata=metadata)
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"Could not write {path}: {error}. Expected a folder that exists, with room and the right to write."
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read(
+    path: str | os.PathLike[str], *, kind: str, needs: Iterable[str] = ("values",)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write` wrote.
+
+    Args:
+        path: The file.
+        kind: What it is expected to hold.
+        needs: Names of the tensors that must be there.
+
+    Returns:
+        The tensors by name, on the CPU, and the header.
+
+    Raises:
+        StoreError: Where there is no such file, or it is damaged, half-written, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StoreError(f"Expected a stored {kind} at {path}; there is no such file. Write one with .save(path).")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header, checksums = _header(path, kind, file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StoreError(_unreadable(path, kind, error)) from error
+    for name in needs:
+        if name not in tensors:
+            raise damaged(path, kind, f"the tensor {name!r} is missing")
+    for name, tensor in tensors.items():
+        if checksums.get(name) != _checksum(tensor):
+            raise damaged(path, kind, f"the tensor {name!r} is not what was written")
+    return tensors, header
+
+
+def damaged(path: str | os.PathLike[str], kind: str, what: str) -> StoreError:
+    """The error for a file of ours whose content is wrong, for the caller to raise."""
+    return StoreError(f"Expected a stored {kind} at {path}; it is damaged: {what}. Write it again with .save(path).")
+
+
+def pack_components(components: Iterable[Component]) -> list[list[Any]]:
+    """Components as JSON: kind, layer, head, neuron and name of each. A label alone would lose some of it."""
+    return [list(astuple(component)) for component in components]
+
+
+def unpack_components(packed: Iterable[Sequence[Any]]) -> tuple[Component, ...]:
+    """What `pack_components` packed."""
+    return tuple(Component(*entries) for entries in packed)
+
+
+def pack(*, complete: bool, coverage: Coverage | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Completeness, coverage and metadata of labelled values as JSON."""
+    return {"complete": complete, "coverage": None if coverage is None else asdict(coverage), "metadata": metadata}
+
+
+def unpack(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments that `pack` packed."""
+    coverage = header["coverage"]
+    if coverage is not None:
+        coverage = Coverage(coverage["found"], coverage["branches"], tuple(Stop(**stop) for stop in coverage["stops"]))
+    return {"complete": header["complete"], "coverage": coverage, "metadata": header["metadata"]}
+
+
+@contextmanager
+def restoring(path: str | os.PathLike[str], *, kind: str) -> Iterator[None]:
+    """Turn what goes wrong while values are rebuilt from a file into a StoreError."""
+    try:
+        yield
+    except (InputError, KeyError, TypeError) as error:
+        raise damaged(path, kind, f"its parts do not fit ({error})") from error
+
+
+def _header(path: Path, kind: str, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, int]]:
+    text = metadata.get(FORMAT)
+    if text is None:
+        raise StoreError(
+            f"Expected a stored {kind} at {path}; it is a safetensors file that this package did not write. "
+            f"Read its tensors with safetensors, and build a {kind} from them."
+        )
+    if metadata.get(_CHECKSUM) != str(zlib.crc32(text.encode())):
+        raise damaged(path, kind, "its header is not what was written")
+    content = json.loads(text)
+    if content["version"] > VERSION:
+        raise StoreError(
+            f"Expected a stored {kind} of version {VERSION} or older at {path}; it has version {content['version']}. "
+            f"Read it with a newer vitdecomp_lens."
+        )
+    if content["kind"] != kind:
+        raise StoreError(
+            f"Expected a stored {kind} at {path}; it holds a {content['kind']}. Use {content['kind']}.load(path)."
+        )
+    return content["header"], content["crc32"]
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> str:
+    with path.open("rb") as file:
+        pickled = _PICKLED.match(file.read(4))
+    if pickled:
+        return (
+            f"Expected a stored {kind} at {path}; it looks like a pickled or zipped file, which is never opened, "
+            f"because unpickling runs code. Load it yourself if you trust it, and write it with .save(path)."
+        )
+    return (
+        f"Expected a stored {kind} at {path}; it is damaged, half-written, or not a safetensors file ({error}). "
+        f"Write it again with .save(path)."
+    )
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, no two of which share memory (safetensors refuses those that do)."""
+    seen: set[int] = set()
+    stored = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return stored
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,147 @@
+"""The scores of the components that read one grid of tokens, and how they lie over the pixels of the image."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitdecomp_lens import storage
+from vitdecomp_lens.components import TokenGrid
+from vitdecomp_lens.errors import CapacityError, InputError
+from vitdecomp_lens.gap import accumulator, summed_groups
+from vitdecomp_lens.selecting import Components, as_components, grouped, summary, taken
+
+PixelMode = Literal["nearest", "density"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenBlock:
+    """The scores of components that read one grid of tokens.
+
+    Attributes:
+        values: Scores by component, image, token and direction.
+        components: What each row belongs to; labels such as ``"L3H7"`` are read as well.
+        grid: What each token stands for.
+
+    Raises:
+        InputError: Where shapes, components or grid do not fit each other.
+
+    Example:
+        >>> TokenBlock(torch.ones(1, 1, 5, 1), ("L0H0",), TokenGrid(2, 2, (8, 8), prefix=("CLS",)))
+        TokenBlock(component=1, batch=1, token=5 (2 × 2 patches, prefix CLS), direction=1: 1 head (layer 0))
+    """
+
+    values: Float[Tensor, "component batch token direction"]
+    components: Components
+    grid: TokenGrid
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.values.shape)
+        if len(shape) != 4 or shape[2] != len(self.grid) or not shape[3]:
+            raise InputError(
+                f'Expected values as Float[Tensor, "component batch token direction"] with the {len(self.grid)} tokens '
+                f"of {describe_grid(self.grid)}, and at least one direction; got shape {shape}."
+            )
+        object.__setattr__(self, "components", as_components(self.components, shape[0]))
+
+    def __len__(self) -> int:
+        return len(self.components)
+
+    def __repr__(self) -> str:
+        component, batch, token, direction = self.values.shape
+        return (
+            f"TokenBlock({component=}, {batch=}, {token=} ({describe_grid(self.grid)}), {direction=}: "
+            f"{summary(self.components)})"
+        )
+
+    def sum_tokens(self) -> Float[Tensor, "component batch direction"]:
+        """The scores summed over tokens, accumulated and returned in at least float32."""
+        return self.values.sum(2, dtype=accumulator(self.values.dtype))
+
+    def to_pixels(
+        self, height: int, width: int, *, mode: PixelMode = "nearest"
+    ) -> Float[Tensor, "component batch direction height width"]:
+        """The scores of the patches laid over the image; see `TokenAttribution.to_pixels`."""
+        if mode not in get_args(PixelMode):
+            raise InputError(f"Expected mode='nearest' or mode='density'; got mode={mode!r}.")
+        if height < 1 or width < 1:
+            raise InputError(f"Expected a height and width of at least one pixel; got {height} × {width}.")
+        patches = rearrange(
+            self.values[:, :, len(self.grid.prefix) :],
+            "component batch (row column) direction -> component batch direction row column",
+            row=self.grid.rows,
+        )
+        if mode == "nearest":
+            rows, columns = _under(height, self.grid.rows), _under(width, self.grid.columns)
+            return patches[..., rows[:, None].to(patches.device), columns.to(patches.device)]
+        down = _shares(height, self.grid.rows).to(patches)
+        across = _shares(width, self.grid.columns).to(patches)
+        return einsum(down, patches, across, "height row, ... row column, width column -> ... height width")
+
+    def with_values(self, values: Float[Tensor, "component batch token direction"]) -> "TokenBlock":
+        """Other values of the same components on the same grid."""
+        return replace(self, values=values)
+
+    def take(self, rows: Sequence[int]) -> "TokenBlock":
+        """Some of the components, by their rows."""
+        return replace(self, values=taken(self.values, rows), components=tuple(self.components[row] for row in rows))
+
+    def group(self, by: Literal["layer", "kind"]) -> "TokenBlock":
+        """Components summed into coarser ones; see `vitdecomp_lens.decomposition.Attribution.group`."""
+        groups = grouped(self.components, by)
+        return replace(self, values=summed_groups(self.values, groups), components=tuple(groups)) if groups else self
+
+    def pack(self) -> dict[str, Any]:
+        """Components and grid as JSON."""
+        return {"components": storage.pack_components(self.components), "grid": asdict(self.grid)}
+
+    @classmethod
+    def unpack(cls, values: Tensor, packed: Mapping[str, Any]) -> "TokenBlock":
+        """The block of stored values, and what `pack` packed."""
+        grid = packed["grid"]
+        height, width = grid["image_size"]
+        tokens = TokenGrid(grid["rows"], grid["columns"], (height, width), tuple(grid["prefix"]))
+        return cls(values, storage.unpack_components(packed["components"]), tokens)
+
+
+def over_pixels(
+    blocks: Sequence[TokenBlock], height: int, width: int, *, mode: PixelMode, max_bytes: int
+) -> Float[Tensor, "component batch direction height width"]:
+    """The scores of all blocks laid over one image; see `vitdecomp_lens.tokens.TokenAttribution.to_pixels`."""
+    if not blocks:
+        raise InputError("Expected components with tokens; there are none. Select some, or read .untokened.")
+    components, (batch, _, directions) = sum(map(len, blocks)), blocks[0].values.shape[1:]
+    size = components * batch * directions * height * width * blocks[0].values.element_size()
+    if size > max_bytes:
+        raise CapacityError(
+            f"{components} components × {batch} images × {directions} directions × {height} × {width} pixels take "
+            f"{size:,} bytes; allowed are {max_bytes:,}. Select components or images first, or raise max_bytes=."
+        )
+    return torch.cat([block.to_pixels(height, width, mode=mode) for block in blocks])
+
+
+def _under(pixels: int, patches: int) -> Int[Tensor, "pixel"]:
+    """Along one axis, the patch that holds each pixel's centre."""
+    # (pixel + 1/2) / pixels · patches in whole numbers: rounding must not move a centre across an edge.
+    return (2 * torch.arange(pixels) + 1) * patches // (2 * pixels)
+
+
+def _shares(pixels: int, patches: int) -> Float[Tensor, "pixel patch"]:
+    """Along one axis, the share of each patch's length that lies in each pixel. Each column sums to 1."""
+    start_of_pixel = torch.arange(pixels, dtype=torch.float64)[:, None] / pixels
+    start_of_patch = torch.arange(patches, dtype=torch.float64) / patches
+    end = torch.minimum(start_of_pixel + 1 / pixels, start_of_patch + 1 / patches)
+    return (end - torch.maximum(start_of_pixel, start_of_patch)).clamp(min=0) * patches
+
+
+def describe_grid(grid: TokenGrid) -> str:
+    """A grid in words.
+
+    >>> describe_grid(TokenGrid(2, 3, (8, 12), prefix=("CLS",)))
+    '2 × 3 patches, prefix CLS'
+    """
+    return f"{grid.rows} × {grid.columns} patches" + (f", prefix {', '.join(grid.prefix)}" if grid.prefix else "")
