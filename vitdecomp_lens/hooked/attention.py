@@ -1,0 +1,237 @@
+"""Multi-head self-attention with hook points, one class for all libraries.
+
+A `HookedAttention` keeps the library's own attention module and calls it. Only while one of its hook points
+is in use does that module's ``forward`` give way to the one written here, which runs the same operations in
+the same order: fused, unless the scores or the pattern are hooked.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from transformer_lens.hook_points import HookPoint
+
+from vitdecomp_lens.hooked.hook_points import any_hooked, fire
+from vitdecomp_lens.hooked.tail import Tail
+from vitdecomp_lens.points import LazyHookPoint, is_hooked
+
+Heads = tuple[
+    Float[Tensor, "batch q_head token d_qk"],
+    Float[Tensor, "batch q_head token d_qk"],
+    Float[Tensor, "batch head token d_head"],
+]
+
+
+class HookedAttention(nn.Module, ABC):
+    """Attention whose queries, keys, values, scores, pattern and head outputs can be read and changed.
+
+    ``hook_q``, ``hook_k`` (after QK-norm), ``hook_v`` and ``hook_z`` are ``batch token head d_head``;
+    ``hook_attn_scores`` and ``hook_pattern`` are ``batch head query key``. ``hook_z`` comes after any norm,
+    gate or scale between mixing and projection, so that ``z @ W_O`` summed over heads, plus ``b_O``, is what
+    is added to the stream. ``hook_result``, each head's share of that, exists after `use_result`.
+
+    Args:
+        core: The (cloned) attention module of the library.
+        tail: What the block does with the output before adding it (LayerScale).
+    """
+
+    hook_q: HookPoint
+    hook_k: HookPoint
+    hook_v: HookPoint
+    hook_z: HookPoint
+    hook_attn_scores: LazyHookPoint
+    hook_pattern: LazyHookPoint
+    hook_result: LazyHookPoint
+
+    def __init__(self, core: nn.Module, *, tail: Tail | None = None) -> None:
+        super().__init__()
+        for name in ("hook_q", "hook_k", "hook_v", "hook_z"):
+            setattr(self, name, HookPoint())
+        self.hook_attn_scores = LazyHookPoint()
+        self.hook_pattern = LazyHookPoint()
+        self._points: tuple[HookPoint, ...] = tuple(m for m in self.children() if isinstance(m, HookPoint))
+        self._split: tuple[Tensor, Tensor, Tensor] | None = None
+        self.core = core
+        self.tail = tail or Tail()
+        # An instance attribute, so that hooks which the user put on the library's module still run around it.
+        core.__dict__["forward"] = self.run
+
+    # What differs between libraries ------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def fused(self) -> bool:
+        """Whether the library would use a fused attention kernel."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """What dot products of queries and keys are multiplied with."""
+
+    @abstractmethod
+    def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
+        """Queries, keys and values, heads before tokens, before QK-norm."""
+
+    @abstractmethod
+    def norm_qk(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply QK-norm."""
+
+    @abstractmethod
+    def finish_heads(
+        self, z: Float[Tensor, "batch token head d_head"], x: Float[Tensor, "batch token d_model"]
+    ) -> Float[Tensor, "batch token head d_head"]:
+        """Apply what stands between mixing and the output projection: norm, gate, head scale."""
+
+    @abstractmethod
+    def project_out(self, z: Float[Tensor, "batch token head d_head"]) -> Float[Tensor, "batch token d_model"]:
+        """Apply the output projection, without LayerScale."""
+
+    @abstractmethod
+    def drop(self, pattern: Tensor) -> Tensor:
+        """Apply attention dropout."""
+
+    # Weights -------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def W_Q(self) -> Float[Tensor, "q_head d_model d_qk"]:  # noqa: N802
+        """Query weights, a live view."""
+
+    @property
+    @abstractmethod
+    def W_K(self) -> Float[Tensor, "q_head d_model d_qk"]:  # noqa: N802
+        """Key weights, a live view."""
+
+    @property
+    @abstractmethod
+    def W_V(self) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802
+        """Value weights, a live view."""
+
+    @property
+    @abstractmethod
+    def b_Q(self) -> Float[Tensor, "q_head d_qk"]:  # noqa: N802
+        """Query bias."""
+
+    @property
+    @abstractmethod
+    def b_K(self) -> Float[Tensor, "q_head d_qk"]:  # noqa: N802
+        """Key bias."""
+
+    @property
+    @abstractmethod
+    def b_V(self) -> Float[Tensor, "head d_head"]:  # noqa: N802
+        """Value bias."""
+
+    @property
+    @abstractmethod
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
+        """Output weights, with LayerScale folded in."""
+
+    @property
+    @abstractmethod
+    def b_O(self) -> Float[Tensor, "d_model"]:  # noqa: N802
+        """Output bias, with LayerScale folded in."""
+
+    @property
+    def heads(self) -> int:
+        """Number of heads, as ``hook_z`` counts them."""
+        return int(self.W_O.shape[0])
+
+    # Running -------------------------------------------------------------------------------------------
+
+    def use_result(self, use: bool) -> None:
+        """Add or remove ``hook_result``."""
+        if use and "hook_result" not in self._modules:
+            self.hook_result = LazyHookPoint()
+        elif not use and "hook_result" in self._modules:
+            del self.hook_result
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch token d_model"],
+        *,
+        split: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "batch token d_model"]:
+        """Return what the block adds to the stream, but for stochastic depth.
+
+        Args:
+            x: The normed stream.
+            split: Inputs of queries, keys and values by head, ``batch token head d_model`` each.
+        """
+        if "hook_result" in self._modules and is_hooked(self.hook_result):
+            z = self.head_outputs(x, split)
+            shares = einsum(z, self.W_O, "batch token head d_head, head d_head d_model -> batch token head d_model")
+            result = fire(self.hook_result, shares).sum(2) + self.b_O
+            return result if self.tail.folds else self.tail(result)
+        self._split = split
+        try:
+            return self.tail(self.call_core(x))
+        finally:
+            self._split = None
+
+    def call_core(self, x: Tensor) -> Tensor:
+        """Call the library's module, whose ``forward`` is `run`."""
+        out: Tensor = self.core(x)
+        return out
+
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the library's ``forward``: the library's own while no hook is in use."""
+        if self._split is None and not any_hooked(self._points):
+            return type(self.core).forward(self.core, x, *args, **kwargs)
+        return self.project_out(self.head_outputs(x, self._split))
+
+    def head_outputs(
+        self, x: Float[Tensor, "batch token d_model"], split: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Float[Tensor, "batch token head d_head"]:
+        """Everything up to and with ``hook_z``."""
+        q, k, v = self.project(x) if split is None else self.project_split(*split)
+        q, k = self.norm_qk(q, k)
+        q, k, v = (
+            fire(point, heads.transpose(1, 2)).transpose(1, 2)
+            for point, heads in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v))
+        )
+        return fire(self.hook_z, self.finish_heads(self.mix(q, k, v).transpose(1, 2), x))
+
+    def project_split(self, q_in: Tensor, k_in: Tensor, v_in: Tensor) -> Heads:
+        """Queries, keys and values from inputs of their own, ``batch token head d_model`` each."""
+        pattern = "batch token head d_model, head d_model d_head -> batch head token d_head"
+        q, k, v = (
+            einsum(inputs, weight, pattern) + bias.unsqueeze(1)
+            for inputs, weight, bias in (
+                (q_in, self.W_Q, self.b_Q),
+                (k_in, self.W_K, self.b_K),
+                (v_in, self.W_V, self.b_V),
+            )
+        )
+        return q, k, v
+
+    def mix(
+        self,
+        q: Float[Tensor, "batch head query d_qk"],
+        k: Float[Tensor, "batch head key d_qk"],
+        v: Float[Tensor, "batch head key d_head"],
+    ) -> Float[Tensor, "batch head query d_head"]:
+        """Mix values by the attention pattern."""
+        if self.fused and not any_hooked((self.hook_attn_scores, self.hook_pattern)):
+            return functional.scaled_dot_product_attention(q, k, v)
+        scores = fire(self.hook_attn_scores, self.score(q, k))
+        return fire(self.hook_pattern, self.drop(scores.softmax(-1))) @ v
+
+    def score(self, q: Tensor, k: Tensor) -> Float[Tensor, "batch head query key"]:
+        """Attention scores: scaled dot products."""
+        return (q * self.scale) @ k.transpose(-2, -1)
+
+
+def by_head(weight: Float[Tensor, "out d_model"], heads: int) -> Float[Tensor, "head d_model d_head"]:
+    """View the weight of a linear layer as one matrix a head."""
+    return weight.unflatten(0, (heads, -1)).transpose(1, 2)
+
+
+def packed_thirds(weight: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], ...]:
+    """Split packed query, key and value weights, and their bias or zeros, in three each."""
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return torch.chunk(weight, 3), torch.chunk(bias, 3)

@@ -1,0 +1,179 @@
+"""Transformer blocks with hook points on the residual stream and on what each branch adds to it."""
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.hooked.attention import HookedAttention
+from vitdecomp_lens.hooked.clone import adopt_hooks
+from vitdecomp_lens.hooked.hook_points import CopyingHookPoint, fire, swap_tokens_first
+from vitdecomp_lens.hooked.mlp import HookedMLP
+from vitdecomp_lens.hooked.norms import HookedNorm
+from vitdecomp_lens.points import is_hooked
+
+SPLIT_HOOKS = ("hook_q_input", "hook_k_input", "hook_v_input")
+
+
+class HookedBlock(nn.Module, ABC):
+    """A block that reads the residual stream and adds to it.
+
+    Args:
+        core: The (cloned) block of the library, whose submodules this block calls.
+    """
+
+    hook_resid_pre: HookPoint
+    hook_resid_post: HookPoint
+    hook_attn_out: HookPoint
+    hook_mlp_out: HookPoint
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.hook_resid_pre = CopyingHookPoint()
+        self.hook_resid_post = HookPoint()
+        adopt_hooks(self, core)
+
+    @property
+    @abstractmethod
+    def attentions(self) -> dict[str, HookedAttention]:
+        """The block's attentions, by their name below the block."""
+
+    @property
+    @abstractmethod
+    def mlps_by_name(self) -> dict[str, HookedMLP]:
+        """The block's MLPs, by their name below the block."""
+
+    @abstractmethod
+    def add_branches(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+        """Return the stream after the block."""
+
+    def use_split_qkv_input(self, use: bool) -> None:
+        """Add or remove separate inputs of queries, keys and values."""
+        raise InputError(
+            f"Separate inputs for queries, keys and values exist only in blocks with one attention after a "
+            f"norm; this model has {type(self).__name__}s."
+        )
+
+    def forward(
+        self, x: Float[Tensor, "batch token d_model"], attn_mask: None = None, is_causal: bool = False
+    ) -> Float[Tensor, "batch token d_model"]:
+        """Run the block. The library passes a mask along, which image towers do not use."""
+        if attn_mask is not None or is_causal:
+            raise InputError("Hooked models attend to all tokens: attn_mask must be None and is_causal False.")
+        x = fire(self.hook_resid_pre, x)
+        return fire(self.hook_resid_post, self.add_branches(x))
+
+
+class TwoBranchBlock(HookedBlock):
+    """Attention, then an MLP, each added to the stream: the usual block.
+
+    Args:
+        core: The (cloned) block of the library.
+        ln1: The norm of the attention branch.
+        attn: The attention, with LayerScale in its tail.
+        ln2: The norm of the MLP branch.
+        mlp: The MLP, with LayerScale in its tail.
+        drop_path1: Stochastic depth of the attention branch.
+        drop_path2: Stochastic depth of the MLP branch.
+        tokens_first: Whether the library runs the block on ``token batch d_model``.
+    """
+
+    hook_resid_mid: HookPoint
+    hook_q_input: HookPoint
+    hook_k_input: HookPoint
+    hook_v_input: HookPoint
+
+    def __init__(
+        self,
+        core: nn.Module,
+        *,
+        ln1: nn.Module,
+        attn: HookedAttention,
+        ln2: nn.Module,
+        mlp: HookedMLP,
+        drop_path1: nn.Module | None = None,
+        drop_path2: nn.Module | None = None,
+        tokens_first: bool = False,
+    ) -> None:
+        super().__init__(core)
+        self.ln1 = ln1
+        self.hook_attn_out = HookPoint()
+        self.attn = attn
+        self.hook_resid_mid = HookPoint()
+        self.ln2 = ln2
+        self.mlp = mlp
+        self.hook_mlp_out = HookPoint()
+        self.drop_path1 = drop_path1 or nn.Identity()
+        self.drop_path2 = drop_path2 or nn.Identity()
+        self.core = core
+        self.tokens_first = tokens_first
+        if tokens_first:
+            own = [child for child in self.children() if isinstance(child, HookPoint)]
+            inner = [m for part in (ln1, ln2, mlp) for m in part.modules() if isinstance(m, HookPoint)]
+            swap_tokens_first(own + inner)
+
+    @property
+    def attentions(self) -> dict[str, HookedAttention]:
+        """The attention."""
+        return {"attn": self.attn}
+
+    @property
+    def mlps_by_name(self) -> dict[str, HookedMLP]:
+        """The MLP."""
+        return {"mlp": self.mlp}
+
+    def attention_branch(self, x: Tensor) -> Tensor:
+        """What the attention adds to the stream ``x``."""
+        return self.attn(self.ln1(x), split=self._split_inputs(x, self.ln1))
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """What the MLP adds to the stream ``x``."""
+        return self.mlp(self.ln2(x))
+
+    def add_branches(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+        """Add attention, then MLP."""
+        x = fire(self.hook_resid_mid, x + fire(self.hook_attn_out, self.drop_path1(self.attention_branch(x))))
+        return x + fire(self.hook_mlp_out, self.drop_path2(self.mlp_branch(x)))
+
+    def use_split_qkv_input(self, use: bool) -> None:
+        """Add or remove ``hook_q_input``, ``hook_k_input`` and ``hook_v_input``."""
+        for name in SPLIT_HOOKS:
+            if use and name not in self._modules:
+                setattr(self, name, HookPoint())
+                if self.tokens_first:
+                    swap_tokens_first([getattr(self, name)])
+            elif not use and name in self._modules:
+                delattr(self, name)
+
+    def _split_inputs(self, x: Tensor, norm: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The stream once a head for queries, keys and values each, hooked and normed; None while unused."""
+        if SPLIT_HOOKS[0] not in self._modules or not any(is_hooked(getattr(self, name)) for name in SPLIT_HOOKS):
+            return None
+        heads = (self.attn.W_Q.shape[0], self.attn.W_K.shape[0], self.attn.W_V.shape[0])
+        inputs = [
+            fire(getattr(self, name), x.unsqueeze(2).repeat(1, 1, count, 1))
+            for name, count in zip(SPLIT_HOOKS, heads, strict=True)
+        ]
+        if norm is not None:
+            inputs = [norm(value) for value in inputs]
+        q, k, v = (value.transpose(0, 1) if self.tokens_first else value for value in inputs)
+        return q, k, v
+
+
+class PostNormBlock(TwoBranchBlock):
+    """A block whose norms act on what the branches return, before it is added."""
+
+    def attention_branch(self, x: Tensor) -> Tensor:
+        """What the attention adds to the stream ``x``."""
+        return self.ln1(self.attn(x, split=self._split_inputs(x)))
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """What the MLP adds to the stream ``x``."""
+        return self.ln2(self.mlp(x))
+
+
+def norms_of(block: HookedBlock) -> list[HookedNorm]:
+    """The hooked norms of a block."""
+    return [module for module in block.modules() if isinstance(module, HookedNorm)]

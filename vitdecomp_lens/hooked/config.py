@@ -1,0 +1,78 @@
+"""The configuration that TransformerLens' tools read, filled in from the live modules."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformer_lens.config import TransformerBridgeConfig
+
+from vitdecomp_lens.hooked.blocks import HookedBlock
+from vitdecomp_lens.hooked.mlp import GatedMLP
+from vitdecomp_lens.hooked.norms import HookedNorm
+from vitdecomp_lens.hooked.registry import Tower
+
+
+class HookedViTConfig(TransformerBridgeConfig):
+    """TransformerLens' configuration of a vision transformer."""
+
+
+def read_config(tower: Tower, name: str) -> HookedViTConfig:
+    """Read a configuration off a hooked tower.
+
+    Args:
+        tower: The hooked tower.
+        name: The model's name.
+    """
+    first = tower.blocks[0]
+    attn = next(iter(first.attentions.values()))
+    mlp = next(iter(first.mlps_by_name.values()), None)
+    norms = [module for block in tower.blocks for module in block.modules() if isinstance(module, HookedNorm)]
+    size = tower.image.size
+    rows, columns = tower.patch_grid(*size) if size else (0, 0)
+    known: dict[str, Any] = {
+        "d_mlp": None if mlp is None else mlp.d_mlp,
+        "n_key_value_heads": None,
+    }
+    return HookedViTConfig(
+        d_model=attn.W_O.shape[2],
+        d_head=attn.W_O.shape[1],
+        n_layers=len(tower.blocks),
+        n_heads=_only({block_attn.heads for block in tower.blocks for block_attn in block.attentions.values()}),
+        n_ctx=len(tower.prefix) + rows * columns,
+        d_vocab=-1 if tower.weights_out is None else tower.weights_out()[0].shape[1],
+        model_name=name,
+        architecture=type(tower.module).__name__,
+        act_fn=_activation(first),
+        eps=norms[0].eps if norms else 0.0,
+        normalization_type=_normalization(norms),
+        attention_dir="bidirectional",
+        is_visual_model=True,
+        gated_mlp=isinstance(mlp, GatedMLP),
+        dtype=attn.W_O.dtype,
+        default_prepend_bos=False,
+        **known,
+    )
+
+
+def _only(values: set[int]) -> int:
+    return values.pop() if len(values) == 1 else -1
+
+
+def _normalization(norms: Sequence[HookedNorm]) -> str | None:
+    if not norms:
+        return None
+    return "LN" if norms[0].centred else "RMS"
+
+
+def _activation(block: HookedBlock) -> str:
+    for mlp in block.mlps_by_name.values():
+        for child in mlp.core.children():
+            if not isinstance(child, (nn.Linear, nn.Dropout, nn.Identity, HookedNorm)) and not list(child.parameters()):
+                return type(child).__name__.lower()
+    return "gelu"
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's weights."""
+    return next(module.parameters()).dtype

@@ -1,0 +1,170 @@
+"""Which adapter hooks which model class.
+
+Adapters are registered under the dotted name of the class they serve, so that a model library is imported
+only when one of its models is wrapped.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vitdecomp_lens.errors import UnsupportedModelError, near_matches
+from vitdecomp_lens.hooked.blocks import HookedBlock
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What images a model takes.
+
+    Attributes:
+        channels: Number of channels.
+        size: Height and width, or None where any size will do.
+        multiple_of: What height and width must be multiples of, where any size will do.
+    """
+
+    channels: int
+    size: tuple[int, int] | None
+    multiple_of: tuple[int, int] = (1, 1)
+
+
+@dataclass
+class Tower:
+    """A cloned image tower with its hook points in place: what an adapter makes.
+
+    Attributes:
+        module: The clone; calling it runs the model.
+        parts: Modules that the hooked model shows under canonical names (``hook_embed``, ``ln_final``,
+            ``attn_pool``, ...), in the order in which they run; ``blocks`` go where the key ``"blocks"`` stands.
+        blocks: The hooked blocks, numbered flat.
+        prefix: Names of the prefix tokens.
+        image: What images the model takes.
+        patch_grid: From height and width of an image to rows and columns of patches.
+        patch_size: Height and width of a patch in pixels.
+        weights_out: ``W_U`` and ``b_U`` of the map from representation to output, live; None where the
+            representation is the output.
+        constant_query: Whether the attention pool's query, if there is a pool, is a learned constant.
+        pooled: Whether ``ln_final`` acts on pooled tokens.
+    """
+
+    module: nn.Module
+    parts: dict[str, nn.Module]
+    blocks: list[HookedBlock]
+    prefix: tuple[str, ...]
+    image: ImageSpec
+    patch_grid: Callable[[int, int], tuple[int, int]]
+    patch_size: tuple[int, int]
+    weights_out: Callable[[], tuple[Any, Any]] | None = None
+    constant_query: bool = True
+    pooled: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Adapter(ABC):
+    """Hooks one family of models.
+
+    A subclass states how a cloned model gets its hook points, and how photographs become its input.
+    """
+
+    def tower_of(self, module: nn.Module) -> nn.Module:
+        """Return the image tower of what the user gave: the module itself, unless overridden."""
+        return module
+
+    @abstractmethod
+    def hook(self, clone: nn.Module) -> Tower:
+        """Put hook points into a cloned tower."""
+
+    @abstractmethod
+    def transform(self, original: nn.Module) -> Any:
+        """Return the library's own evaluation transform for a model, from PIL image to tensor."""
+
+
+AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
+
+_BUILT_IN = {
+    "timm.models.vision_transformer:VisionTransformer": "vitdecomp_lens.hooked.timm_vit",
+    "timm.models.deit:VisionTransformerDistilled": "vitdecomp_lens.hooked.timm_vit",
+    "open_clip.transformer:VisionTransformer": "vitdecomp_lens.hooked.open_clip_vit",
+    "open_clip.model:CLIP": "vitdecomp_lens.hooked.open_clip_vit",
+    "open_clip.model:CustomTextCLIP": "vitdecomp_lens.hooked.open_clip_vit",
+    "open_clip.coca_model:CoCa": "vitdecomp_lens.hooked.open_clip_vit",
+    "open_clip.timm_model:TimmModel": "vitdecomp_lens.hooked.open_clip_vit",
+}
+_ADAPTERS: dict[str, type[Adapter]] = {}
+
+
+def register_adapter(*class_names: str) -> Callable[[AdapterClass], AdapterClass]:
+    """Register an adapter for model classes given as ``"package.module:Class"``.
+
+    Raises:
+        ValueError: If a class has an adapter already.
+
+    Example:
+        >>> @register_adapter("my_models:MyViT")
+        ... class MyAdapter(Adapter):
+        ...     def hook(self, clone): ...
+        ...     def transform(self, original): ...
+        >>> register_adapter("my_models:MyViT")(MyAdapter)
+        Traceback (most recent call last):
+            ...
+        ValueError: 'my_models:MyViT' has an adapter already: MyAdapter. ...
+    """
+
+    def register(adapter: AdapterClass) -> AdapterClass:
+        for name in class_names:
+            taken = _ADAPTERS.get(name)
+            built_in = name in _BUILT_IN and adapter.__module__ != _BUILT_IN[name]
+            if taken is not None or built_in:
+                owner = taken.__name__ if taken else _BUILT_IN[name]
+                raise ValueError(
+                    f"{name!r} has an adapter already: {owner}. Register a class of your own, for instance a "
+                    f"subclass of the model."
+                )
+        _ADAPTERS.update(dict.fromkeys(class_names, adapter))
+        return adapter
+
+    return register
+
+
+def find_adapter(module: nn.Module) -> Adapter:
+    """Return the adapter of a module's class, or of the nearest parent whose ``forward`` it keeps.
+
+    Raises:
+        UnsupportedModelError: If there is none; the message names the nearest one.
+    """
+    for cls in type(module).__mro__:
+        name = f"{cls.__module__}:{cls.__qualname__}"
+        if name in _BUILT_IN and name not in _ADAPTERS:
+            import_module(_BUILT_IN[name])
+        if name in _ADAPTERS and _keeps_forward(module, cls):
+            return _ADAPTERS[name]()
+    known = sorted({*_BUILT_IN, *_ADAPTERS})
+    shown = f"{type(module).__module__}:{type(module).__qualname__}"
+    raise UnsupportedModelError(
+        f"There is no adapter for {shown} ({near_matches(shown, known)}). Register one with register_adapter, "
+        f"or decompose the module as it is: vitdecomp_lens.trace works for any module."
+    )
+
+
+def find_part(table: dict[type, Any], module: nn.Module, what: str) -> Any:
+    """Look up how a submodule is hooked, by its class or the parent whose ``forward`` it keeps.
+
+    Raises:
+        UnsupportedModelError: If its class is not in the table.
+    """
+    for cls in type(module).__mro__:
+        if cls in table and _keeps_forward(module, cls):
+            return table[cls]
+    known = ", ".join(cls.__name__ for cls in table)
+    raise UnsupportedModelError(
+        f"The {what} {type(module).__module__}.{type(module).__qualname__} cannot be hooked; those that can are "
+        f"{known}. vitdecomp_lens.trace works for any module."
+    )
+
+
+def _keeps_forward(module: nn.Module, cls: type) -> bool:
+    """Whether a module runs the ``forward`` of one of its parent classes."""
+    return type(module).forward is getattr(cls, "forward", None)

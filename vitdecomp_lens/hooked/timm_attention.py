@@ -1,0 +1,176 @@
+"""timm's attention modules with hook points."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vitdecomp_lens.hooked.attention import Heads, HookedAttention, by_head, packed_thirds
+from vitdecomp_lens.hooked.hook_points import any_hooked, fire
+from vitdecomp_lens.hooked.mlp import bias_or_zeros
+
+
+def differential_mix(
+    attn: HookedAttention,
+    core: nn.Module,
+    q: Float[Tensor, "batch q_head query d_qk"],
+    k: Float[Tensor, "batch q_head key d_qk"],
+    v: Float[Tensor, "batch head key d_head"],
+) -> Float[Tensor, "batch head query d_head"]:
+    """Mix values by pattern₁ − λ pattern₂, then apply each head's norm and constant scale.
+
+    Args:
+        attn: Whose hook points and settings apply.
+        core: The library's module that holds λ and the norm.
+        q: Queries, two heads for each head of ``v``.
+        k: Keys.
+        v: Values.
+    """
+    factor = core._compute_lambda().type_as(q)  # type: ignore[operator]
+    if attn.fused and not any_hooked((attn.hook_attn_scores, attn.hook_pattern)):
+        (q1, q2), (k1, k2) = (heads.unflatten(1, (-1, 2)).unbind(2) for heads in (q, k))
+        attend = functional.scaled_dot_product_attention
+        z = attend(q1, k1, v) - factor * attend(q2, k2, v)
+    else:
+        scores = fire(attn.hook_attn_scores, attn.score(q, k))
+        first, second = attn.drop(scores.softmax(-1)).unflatten(1, (-1, 2)).unbind(2)
+        z = fire(attn.hook_pattern, first - factor * second) @ v
+    return core.sub_norm(z) * (1 - core.lambda_init)  # type: ignore[operator]
+
+
+class PackedAttention(HookedAttention):
+    """Attention with one linear layer ``qkv`` and an output layer ``proj``, as most of timm's."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether the library would use a fused attention kernel."""
+        return bool(self.core.fused_attn)
+
+    @property
+    def scale(self) -> float:
+        """What dot products are multiplied with."""
+        return float(self.core.scale)  # type: ignore[arg-type]
+
+    @property
+    def _q_heads(self) -> int:
+        return int(self.core.num_heads)  # type: ignore[arg-type]
+
+    @property
+    def _heads(self) -> int:
+        return int(self.core.num_heads)  # type: ignore[arg-type]
+
+    @property
+    def _thirds(self) -> tuple[tuple[Tensor, ...], ...]:
+        return packed_thirds(self.core.qkv.weight, self.core.qkv.bias)  # type: ignore[arg-type, union-attr]
+
+    @property
+    def W_Q(self) -> Float[Tensor, "q_head d_model d_qk"]:  # noqa: N802
+        """Query weights."""
+        return by_head(self._thirds[0][0], self._q_heads)
+
+    @property
+    def W_K(self) -> Float[Tensor, "q_head d_model d_qk"]:  # noqa: N802
+        """Key weights."""
+        return by_head(self._thirds[0][1], self._q_heads)
+
+    @property
+    def W_V(self) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802
+        """Value weights."""
+        return by_head(self._thirds[0][2], self._heads)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "q_head d_qk"]:  # noqa: N802
+        """Query bias."""
+        return self._thirds[1][0].unflatten(0, (self._q_heads, -1))
+
+    @property
+    def b_K(self) -> Float[Tensor, "q_head d_qk"]:  # noqa: N802
+        """Key bias."""
+        return self._thirds[1][1].unflatten(0, (self._q_heads, -1))
+
+    @property
+    def b_V(self) -> Float[Tensor, "head d_head"]:  # noqa: N802
+        """Value bias."""
+        return self._thirds[1][2].unflatten(0, (self._heads, -1))
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
+        """Output weights, with LayerScale folded in."""
+        weight: Tensor = self.core.proj.weight  # type: ignore[union-attr, assignment]
+        return self.tail.fold(weight.T.unflatten(0, (self._heads, -1)))
+
+    @property
+    def b_O(self) -> Float[Tensor, "d_model"]:  # noqa: N802
+        """Output bias, with LayerScale folded in."""
+        return self.tail.fold(bias_or_zeros(self.core.proj))  # type: ignore[arg-type]
+
+    def norm_qk(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply QK-norm."""
+        return self.core.q_norm(q), self.core.k_norm(k)  # type: ignore[operator]
+
+    def drop(self, pattern: Tensor) -> Tensor:
+        """Apply attention dropout."""
+        return self.core.attn_drop(pattern)  # type: ignore[operator]
+
+    def project_out(self, z: Float[Tensor, "batch token head d_head"]) -> Float[Tensor, "batch token d_model"]:
+        """Apply the output projection."""
+        return self.core.proj_drop(self.core.proj(z.flatten(2)))  # type: ignore[operator]
+
+
+class TimmAttention(PackedAttention):
+    """timm's ``Attention``, with its QK-norm, inner norm and gate where present."""
+
+    def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
+        """Queries, keys and values."""
+        qkv = self.core.qkv(x).unflatten(-1, (3, self._heads, -1))  # type: ignore[operator]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def finish_heads(
+        self, z: Float[Tensor, "batch token head d_head"], x: Float[Tensor, "batch token d_model"]
+    ) -> Float[Tensor, "batch token head d_head"]:
+        """Apply the inner norm, then the gate."""
+        gate = self.core.gate
+        if gate is None and type(self.core.norm) is nn.Identity:
+            return z
+        z = self.core.norm(z.flatten(2))  # type: ignore[operator]
+        if gate is not None:
+            z = z * gate(x).sigmoid()  # type: ignore[operator]
+        return z.unflatten(-1, (self._heads, -1))
+
+
+class TimmDiffAttention(PackedAttention):
+    """timm's ``DiffAttention``: two patterns a head, the second subtracted from the first λ times.
+
+    ``hook_q``, ``hook_k`` and ``hook_attn_scores`` have two heads for each of ``hook_v`` and ``hook_z``;
+    ``hook_pattern`` is the difference, which the values are mixed by.
+    """
+
+    @property
+    def _q_heads(self) -> int:
+        return 2 * self._heads
+
+    def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
+        """Queries, keys and values."""
+        q, k, v = self.core.qkv(x).chunk(3, dim=2)  # type: ignore[operator]
+        return (
+            q.unflatten(-1, (self._q_heads, -1)).transpose(1, 2),
+            k.unflatten(-1, (self._q_heads, -1)).transpose(1, 2),
+            v.unflatten(-1, (self._heads, -1)).transpose(1, 2),
+        )
+
+    def mix(
+        self,
+        q: Float[Tensor, "batch q_head query d_qk"],
+        k: Float[Tensor, "batch q_head key d_qk"],
+        v: Float[Tensor, "batch head key d_head"],
+    ) -> Float[Tensor, "batch head query d_head"]:
+        """Mix values by the difference of the two patterns, then apply each head's norm and constant scale."""
+        return differential_mix(self, self.core, q, k, v)
+
+    def finish_heads(
+        self, z: Float[Tensor, "batch token head d_head"], x: Float[Tensor, "batch token d_model"]
+    ) -> Float[Tensor, "batch token head d_head"]:
+        """Apply the inner norm."""
+        if type(self.core.norm) is nn.Identity:
+            return z
+        return self.core.norm(z.flatten(2)).unflatten(-1, (self._heads, -1))  # type: ignore[operator]
