@@ -1,0 +1,1 @@
+"""The physics: a module frozen at an input is affine."""

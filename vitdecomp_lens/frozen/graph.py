@@ -1,0 +1,304 @@
+"""A traced module, frozen at an input: cuts, push, pull, and the slow replay that checks them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from vitdecomp_lens.errors import IncompleteCutError, UnknownNameError, near_matches
+from vitdecomp_lens.frozen.program import Program, compile_cut
+from vitdecomp_lens.frozen.replay import replayed
+from vitdecomp_lens.frozen.rules import operation, sizes
+from vitdecomp_lens.frozen.walk import Cut, module_path, walk
+
+TAG = "vitdecomp_lens::tag"
+MOST_PROGRAMS = 8
+
+
+@dataclass(eq=False)
+class FrozenGraph:
+    """The graph of a module, with the batch free and the weights read from the live module at each use.
+
+    Attributes:
+        nodes: Operations in order.
+        root: What is decomposed, ``[batch, d_rep]``.
+        module: The module that was traced.
+        parameters: Dotted name of the parameter or buffer behind each placeholder.
+        constants: Tensors that the forward made by itself.
+        owner: The graph that the nodes belong to.
+    """
+
+    nodes: tuple[Node, ...]
+    root: Node
+    module: nn.Module
+    parameters: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    owner: Graph
+    _programs: dict[Any, "_Compiled"] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        known = self.parameters.keys() | self.constants.keys()
+        self.images = next(n for n in self.nodes if n.op == "placeholder" and n.name not in known)
+        live = {self.images}
+        for node in self.nodes:
+            # A size depends on the images' shape only.
+            if operation(node) != "aten::sym_size" and any(n in live for n in node.all_input_nodes):
+                live.add(node)
+        self.live = frozenset(live)
+        self.points: dict[str, Node] = {n.args[1]: n for n in self.nodes if operation(n) == TAG}  # type: ignore[misc]
+
+    # --- cuts ---------------------------------------------------------------------------------------------
+
+    def cut(self, points: Iterable[str] | None = None) -> Cut:
+        """The cut at the named points; by default at every nonlinear output that a walk meets first.
+
+        Args:
+            points: Names of hook points, or of sources as the default cut names them.
+
+        Raises:
+            UnknownNameError: If the graph has no such point.
+        """
+        if points is None:
+            return walk(self.nodes, self.root, self.live, None)
+        return walk(self.nodes, self.root, self.live, {name: self._node(name) for name in points})
+
+    def _node(self, name: str) -> Node:
+        if name in self.points:
+            return self.points[name]
+        sources = self.cut().points
+        if name in sources:
+            return sources[name]
+        known = [*self.points, *sources]
+        raise UnknownNameError(f"The graph has no point {name!r}: {near_matches(name, known)}")
+
+    # --- values -------------------------------------------------------------------------------------------
+
+    def evaluate(self, wanted: Iterable[Node], given: Mapping[Node, Any]) -> dict[Node, Any]:
+        """Values of ``wanted``, computed from ``given`` and the live weights; the rest is freed on the way."""
+        wanted = list(wanted)
+        needed: set[Node] = set()
+        ahead = [n for n in wanted if n not in given]
+        while ahead:
+            node = ahead.pop()
+            if node not in needed:
+                needed.add(node)
+                ahead += [n for n in node.all_input_nodes if n not in given and n not in needed]
+        uses: dict[Node, int] = dict.fromkeys(wanted, 1)
+        for node in needed:
+            for n in node.all_input_nodes:
+                uses[n] = uses.get(n, 0) + 1
+        values = dict(given)
+        for node in self.nodes:
+            if node in needed:
+                values[node] = self._run(node, values)
+                for n in node.all_input_nodes:
+                    uses[n] -= 1
+                    if not uses[n] and n in needed:
+                        del values[n]
+        return {node: values[node] for node in wanted}
+
+    def _run(self, node: Node, values: Mapping[Node, Any]) -> Any:
+        if node.op == "placeholder":
+            return self.weight(node)
+        if operation(node) == TAG:
+            return values[node.args[0]]  # type: ignore[index]
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def weight(self, node: Node) -> Tensor:
+        """The live parameter, buffer or constant behind a placeholder."""
+        if node.name in self.constants:
+            return self.constants[node.name]
+        *path, name = self.parameters[node.name].split(".")
+        owner = self.module.get_submodule(".".join(path))
+        return getattr(owner, name)
+
+    def record(self, images: Float[Tensor, "batch channel height width"]) -> dict[Node, Any]:
+        """The value of every operation at ``images``, by running the graph."""
+        return self.evaluate([n for n in self.nodes if n.op != "output"], {self.images: images})
+
+    def _constant(self, node: Node, like: Tensor) -> Tensor:
+        # The batch enters constants through its size only; with one image nothing is expanded over it.
+        shape = (1, *sizes(self.images)[1:])
+        stand_in = torch.zeros((), dtype=self.images.meta["val"].dtype, device=like.device).expand(shape)
+        return self.evaluate([node], {self.images: stand_in})[node].detach()
+
+    def constant_name(self, node: Node) -> str:
+        """The parameters that a constant is made of."""
+        found: list[str] = []
+        ahead, seen = [node], set()
+        while ahead:
+            n = ahead.pop(0)
+            if n.name in self.parameters:
+                found.append(self.parameters[n.name])
+            ahead += [i for i in n.all_input_nodes if i not in seen and i not in self.live]
+            seen.update(n.all_input_nodes)
+        return "+".join(dict.fromkeys(found)) or f"{module_path(node)}:{operation(node).removeprefix('aten::')}"
+
+    # --- the fast way -------------------------------------------------------------------------------------
+
+    def program(
+        self,
+        cut: Cut,
+        *,
+        splits: Mapping[str, int | None] | None = None,
+        through: Sequence[str] = (),
+        directions: Float[Tensor, "direction d_rep"] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Program:
+        """The compiled cut; kept until a weight that it was made from changes.
+
+        Args:
+            cut: A complete cut.
+            splits: Axis of a point's value along which components lie. Points without one are components.
+            through: Hook points on the path that are read too although the walk passes them.
+            directions: What to read; without them, whole vectors.
+            dtype: In what to compute.
+
+        Raises:
+            IncompleteCutError: If the output is not affine in the points of the cut.
+            NoFastPathError: If an operation on the way has no adjoint.
+            CapacityError: If there would be too many pairs.
+        """
+        check_complete(cut)
+        splits = {name: (splits or {}).get(name) for name in (*cut.points, *through)}
+        key = (tuple(splits.items()), tuple(cut.points), dtype, None if directions is None else tuple(directions.shape))
+        kept = self._programs.get(key)
+        if kept is None or not kept.holds(self, directions):
+            kept = self._programs[key] = self._compile(cut, splits, through, directions, dtype)
+            while len(self._programs) > MOST_PROGRAMS:
+                self._programs.pop(next(iter(self._programs)))
+        return kept.program
+
+    def _compile(
+        self, cut: Cut, splits: Mapping[str, int | None], through: Sequence[str], directions: Tensor | None, dtype: torch.dtype
+    ) -> "_Compiled":
+        weights: dict[Node, None] = {}
+
+        def value_of(node: Node) -> Tensor:
+            weights.update(dict.fromkeys(self._behind(node)))
+            return self._constant(node, read)
+
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        read = torch.eye(sizes(self.root)[1], dtype=dtype, device=device) if directions is None else directions.to(dtype)
+        met = set(cut.order)
+        nodes = {name: self.points[name] for name in through if self.points[name] in met}
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            program = compile_cut(
+                cut,
+                splits=splits,
+                through=nodes,
+                directions=read.detach(),
+                live=self.live,
+                value_of=value_of,
+                name_of=self.constant_name,
+            )
+        state = self._state(list(weights))
+        return _Compiled(program, list(weights), state, None if directions is None else directions.detach().clone())
+
+    def _behind(self, node: Node) -> list[Node]:
+        found, ahead = [], [node]
+        while ahead:
+            n = ahead.pop()
+            if n.op == "placeholder" and n is not self.images:
+                found.append(n)
+            ahead += n.all_input_nodes
+        return found
+
+    def _state(self, weights: Sequence[Node]) -> tuple[Any, ...]:
+        """What tells whether weights are what they were: where they lie, their versions, and their bits.
+
+        Versions miss what is written through ``.data``; the sum of the bits sees that.
+        """
+        tensors = [self.weight(node).detach() for node in weights]
+        places = tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+        sums = [t.view(_BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+        return places, tuple(torch.stack(sums).tolist()) if sums else ()
+
+    # --- the slow way -------------------------------------------------------------------------------------
+
+    def replay(
+        self, cut: Cut, recorded: Mapping[Node, Any], sources: Mapping[str, Tensor]
+    ) -> Float[Tensor, "batch d_rep"]:
+        """Run the frozen graph again from values at the cut's points; those not given are zero.
+
+        The oracle of the fast way: it shares nothing with it but the walk. With no sources it gives the
+        constants' contribution.
+        """
+        check_complete(cut)
+        moving = {node: sources.get(name, torch.zeros_like(recorded[node])) for name, node in cut.points.items()}
+        for node in reversed(cut.order):
+            if node not in moving:
+                moving[node] = replayed(node, cut.through[node][0], moving, recorded)
+        return moving[cut.root]
+
+    def push(self, cut: Cut, images: Float[Tensor, "batch channel height width"]) -> dict[str, Tensor]:
+        """The vector that each point of a cut writes at ``images``, and the constants', by name.
+
+        Returns:
+            For each point and each constant ``[batch, d_rep]``; all of them sum to the output.
+        """
+        return self._through_program(cut, images, None)
+
+    def pull(
+        self, cut: Cut, images: Float[Tensor, "batch channel height width"], directions: Float[Tensor, "direction d_rep"]
+    ) -> dict[str, Tensor]:
+        """The score ⟨u, contribution⟩ of each point and constant, ``[batch, direction]``, without the vectors."""
+        return self._through_program(cut, images, directions)
+
+    def _through_program(self, cut: Cut, images: Tensor, directions: Tensor | None) -> dict[str, Tensor]:
+        program = self.program(cut, directions=directions, dtype=wide(images.dtype))
+        batch = len(images)
+        with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
+            values = self.evaluate([*cut.points.values(), *program.leaves], {self.images: images})
+            weights = program.weights(values, batch)
+            kept = {name: program.keep(name, values[node]) for name, node in cut.points.items()}
+            written = {name: value[0] for name, value in program.contributions(kept, weights, batch).items()}
+            return {**written, **dict(zip(program.constants, program.shifted(weights, batch), strict=True))}
+
+
+@dataclass
+class _Compiled:
+    program: Program
+    weights: list[Node]
+    state: tuple[Any, ...]
+    directions: Tensor | None
+
+    def holds(self, graph: FrozenGraph, directions: Tensor | None) -> bool:
+        same = directions is None or (
+            self.directions is not None
+            and directions.device == self.directions.device
+            and directions.dtype == self.directions.dtype
+            and torch.equal(directions, self.directions)
+        )
+        return same and self.state == graph._state(self.weights)
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which contributions of values of ``dtype`` are computed: at least float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def check_complete(cut: Cut) -> None:
+    """Refuse a cut behind which the output still depends on the images.
+
+    Raises:
+        IncompleteCutError: Naming every place where the walk had to stop.
+    """
+    if cut.missing:
+        places = "\n  ".join(map(str, cut.missing[:10]))
+        more = f"\n  and {len(cut.missing) - 10} more" if len(cut.missing) > 10 else ""
+        raise IncompleteCutError(
+            f"The cut must meet every path from the output before a nonlinearity or the images; it misses\n  {places}{more}\n"
+            "Add points in front of these, or take the default cut."
+        )
+
+

@@ -1,0 +1,249 @@
+"""The cotangent of a whole representation at a node, as a short sum of pairs.
+
+At every node between a cut and the output the adjoint of *all* of z has the form::
+
+    G[direction, dims] = Σ_r  A[r, dims] · M[r, direction, dims]
+
+where each dimension of the node is *owned* by A (the batch, tokens: what differs from image to image), by M
+(channels: what only weights decide), or, for heads read through a pattern, by both. M does not depend on the
+images and is computed once. A is computed anew for each batch by a `Tape` of a few tiny operations, fed by the
+frozen statistics. A dimension that a factor does not own has size 1 in it.
+
+``adjoints.py`` says how pairs pass each operation; this file has the two data structures and the three moves
+that change who owns a dimension.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from vitdecomp_lens.errors import CapacityError, VitDecompError
+
+Owner = Literal["A", "M", "both"]
+MOST_PAIRS = 1024
+
+
+class NoFastPathError(VitDecompError):
+    """An operation that pairs cannot pass; the slow replay can."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Σ_r A ⊗ M at one node.
+
+    Attributes:
+        weights: Slot of A on the tape; its value is ``[r, *dims]``.
+        maps: M, ``[r, direction, *dims]``.
+        owners: Who owns each dimension of the node.
+        batch: Which dimension of the node is the batch (windows may be folded behind it).
+    """
+
+    weights: int
+    maps: Tensor
+    owners: tuple[Owner, ...]
+    batch: int = 0
+
+    @property
+    def rank(self) -> int:
+        """How many pairs there are."""
+        return self.maps.shape[0]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for pairs whose M is the same memory, read the same way: their A may be added."""
+        maps = self.maps
+        place = (maps.untyped_storage().data_ptr(), maps.storage_offset(), tuple(maps.shape), maps.stride())
+        return (*place, self.owners, self.batch)
+
+
+class Tape:
+    """A little program for the weights A, recorded once and run for each batch.
+
+    A slot is either a leaf, a function of one node's value, or a step, a function of earlier slots. While it
+    is recorded every slot has an example, computed from ones: its zeros are the tokens that no path reads.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.examples: list[Tensor] = []
+        self._steps: list[tuple[Callable[..., Tensor], tuple[int, ...]]] = []
+        self._leaves: dict[int, Node] = {}
+        self._leaf_slots: dict[tuple[Node, str], int] = {}
+        self._batch = -1
+
+    def ones(self, *size: int) -> Tensor:
+        """Ones of the dtype in which the tape computes."""
+        return torch.ones(size, dtype=self.dtype, device=self.device)
+
+    def start(self, batch: int) -> int:
+        """The slot at the output: one a image, ``[1, batch, 1]``."""
+        self._batch = self._add(self.ones(1, batch, 1), lambda: self.ones(1, batch, 1), ())
+        return self._batch
+
+    def leaf(self, node: Node, what: str, read: Callable[[Tensor], Tensor], example: Tensor) -> int:
+        """The slot of ``read(value of node)``; ``what`` tells different readings of a node apart."""
+        if (node, what) not in self._leaf_slots:
+            slot = self._leaf_slots[node, what] = self._add(example, read, ())
+            self._leaves[slot] = node
+        return self._leaf_slots[node, what]
+
+    def step(self, function: Callable[..., Tensor], *slots: int) -> int:
+        """The slot of ``function(values of slots)``."""
+        return self._add(function(*(self.examples[slot] for slot in slots)), function, slots)
+
+    def _add(self, example: Tensor, function: Callable[..., Tensor], slots: tuple[int, ...]) -> int:
+        self.examples.append(example)
+        self._steps.append((function, slots))
+        return len(self._steps) - 1
+
+    def needed(self, outputs: Sequence[int]) -> tuple[list[int], list[Node]]:
+        """The slots that ``outputs`` are computed from, in order, and the nodes whose values they read."""
+        slots: set[int] = set()
+        ahead = list(outputs)
+        while ahead:
+            slot = ahead.pop()
+            if slot not in slots:
+                slots.add(slot)
+                ahead += self._steps[slot][1]
+        return sorted(slots), list(dict.fromkeys(self._leaves[s] for s in sorted(slots) if s in self._leaves))
+
+    def run(self, slots: Sequence[int], values: Mapping[Node, Tensor], batch: int) -> dict[int, Tensor]:
+        """Compute the slots for a batch."""
+        found: dict[int, Tensor] = {}
+        for slot in slots:
+            function, inputs = self._steps[slot]
+            if slot == self._batch:
+                found[slot] = self.ones(1, batch, 1)
+            elif slot in self._leaves:
+                found[slot] = function(values[self._leaves[slot]].to(self.dtype))
+            else:
+                found[slot] = function(*(found[i] for i in inputs))
+        return found
+
+    def forget_examples(self) -> None:
+        """Drop what only recording needs."""
+        self.examples.clear()
+
+
+def length(pairs: Pairs, tape: Tape, dim: int) -> int:
+    """Length of a dimension, whoever owns it."""
+    return max(tape.examples[pairs.weights].shape[1 + dim], pairs.maps.shape[2 + dim])
+
+
+def check_rank(rank: int) -> None:
+    """Refuse more pairs than `MOST_PAIRS`.
+
+    Raises:
+        CapacityError: If there are more.
+    """
+    if rank > MOST_PAIRS:
+        raise CapacityError(
+            f"The structured adjoint would need {rank} pairs, more than {MOST_PAIRS}: an operation mixes channels"
+            " with positions too finely. Cut behind it (name a hook nearer to the output), or use the slow replay."
+        )
+
+
+def demote(pairs: Pairs, tape: Tape, dim: int) -> Pairs:
+    """Give a dimension of M to A: each of its ``j`` slices of M becomes a pair of its own, r → r·j."""
+    j, dims = pairs.maps.shape[2 + dim], len(pairs.owners)
+    check_rank(pairs.rank * j)
+    mask = torch.eye(j, dtype=tape.dtype, device=tape.device).reshape([1, j] + [j if d == dim else 1 for d in range(dims)])
+    weights = tape.step(lambda a: (a.unsqueeze(1) * mask).flatten(0, 1), pairs.weights)
+    maps = pairs.maps.movedim(2 + dim, 1).unsqueeze(3 + dim).flatten(0, 1)
+    return replace(pairs, weights=weights, maps=maps, owners=_with(pairs.owners, dim, "A"))
+
+
+def spread(pairs: Pairs, tape: Tape, dim: int) -> Pairs:
+    """Give a dimension owned by both to M alone: r → r·j, block by block."""
+    j, dims = pairs.maps.shape[2 + dim], len(pairs.owners)
+    check_rank(pairs.rank * j)
+    weights = tape.step(lambda a: a.movedim(1 + dim, 1).unsqueeze(2 + dim).flatten(0, 1), pairs.weights)
+    mask = torch.eye(j, dtype=pairs.maps.dtype, device=pairs.maps.device)
+    mask = mask.reshape([1, j, 1] + [j if d == dim else 1 for d in range(dims)])
+    maps = (pairs.maps.unsqueeze(1) * mask).flatten(0, 1)
+    return replace(pairs, weights=weights, maps=maps, owners=_with(pairs.owners, dim, "M"))
+
+
+def settle(pairs: Pairs, tape: Tape, dims: Sequence[int], owner: Literal["A", "M"]) -> Pairs:
+    """Make ``owner`` own each of ``dims``; M cannot be given what differs from image to image."""
+    for dim in dims:
+        has = pairs.owners[dim]
+        if has == owner:
+            continue
+        if length(pairs, tape, dim) == 1:
+            pairs = replace(pairs, owners=_with(pairs.owners, dim, owner))
+        elif owner == "A":
+            pairs = demote(pairs, tape, dim)
+        elif has == "both":
+            pairs = spread(pairs, tape, dim)
+        else:
+            raise NoFastPathError(f"dimension {dim} differs from image to image where weights must own it")
+    return pairs
+
+
+def _with(owners: tuple[Owner, ...], dim: int, owner: Owner) -> tuple[Owner, ...]:
+    return (*owners[:dim], owner, *owners[dim + 1 :])
+
+
+def matched_groups(inner: Sequence[int], outer: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Match the dimensions of two shapes of one tensor into the finest groups of equal length.
+
+    >>> matched_groups((2, 4, 8, 6), (2, 32, 2, 3))
+    [([0], [0]), ([1, 2], [1]), ([3], [2, 3])]
+    """
+    groups, i, o = [], 0, 0
+    while i < len(inner) or o < len(outer):
+        left, right = list(range(i, min(i + 1, len(inner)))), list(range(o, min(o + 1, len(outer))))
+        i, o = i + len(left), o + len(right)
+        while (a := math.prod(inner[k] for k in left)) != (b := math.prod(outer[k] for k in right)):
+            if a < b:
+                left.append(i)
+                i += 1
+            else:
+                right.append(o)
+                o += 1
+        groups.append((left, right))
+    return groups
+
+
+def reshape(pairs: Pairs, tape: Tape, inner: Sequence[int], outer: Sequence[int]) -> Pairs:
+    """Pass a reshape from ``inner`` (its input) to ``outer`` (its output), towards the input.
+
+    A group of dimensions that both factors own parts of goes to A as a whole: this is where patch merging
+    turns channels into pairs.
+    """
+    if tuple(inner) == tuple(outer):
+        return pairs
+    groups = matched_groups(inner, outer)
+    owners: list[Owner] = ["A"] * len(inner)
+    batch = 0
+    for left, right in groups:
+        pairs, kind = _one_owner(pairs, tape, [k for k in right if outer[k] > 1])
+        for k in left:
+            owners[k] = kind
+        if pairs.batch in right:
+            batch = _new_batch(pairs.batch, left, right, inner, outer)
+    a_shape = [n if own != "M" else 1 for n, own in zip(inner, owners, strict=True)]
+    a_shape[batch] = -1
+    m_shape = [n if own != "A" else 1 for n, own in zip(inner, owners, strict=True)]
+    weights = tape.step(lambda a: a.reshape(a.shape[0], *a_shape), pairs.weights)
+    return Pairs(weights, pairs.maps.reshape(*pairs.maps.shape[:2], *m_shape), tuple(owners), batch)
+
+
+def _one_owner(pairs: Pairs, tape: Tape, dims: list[int]) -> tuple[Pairs, Owner]:
+    kinds = {pairs.owners[k] for k in dims}
+    if len(kinds) <= 1:
+        return pairs, (kinds.pop() if kinds else "A")
+    owner: Literal["A", "M"] = "A" if "A" in kinds else "M"
+    return settle(pairs, tape, dims, owner), owner
+
+
+def _new_batch(batch: int, left: list[int], right: list[int], inner: Sequence[int], outer: Sequence[int]) -> int:
+    if any(outer[k] > 1 for k in right if k < batch):
+        raise NoFastPathError("a reshape folds other dimensions before the batch")
+    return next(k for k in left if inner[k] > 1)

@@ -1,0 +1,292 @@
+"""A compiled cut: from the values at its points to their contributions, by the structured adjoint.
+
+Compiling walks the cut once with pairs and keeps, for each point, its maps M laid out for one matrix product,
+and the slot of its weights A. A call then runs the tape and does, for each point, ``bmm(A, X)`` over tokens
+followed by one product with M. With the identity as directions the outcome is each component's vector (push);
+with K directions it is K scores a component, and no vector is ever made (pull).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.fx import Node
+
+from vitdecomp_lens.frozen.adjoints import Adjoint, pass_back
+from vitdecomp_lens.frozen.pairs import NoFastPathError, Pairs, Tape
+from vitdecomp_lens.frozen.rules import sizes
+from vitdecomp_lens.frozen.walk import Cut
+
+
+@dataclass(frozen=True)
+class Term:
+    """One sum of pairs at a point, laid out: X as ``[batch, tokens, split, channels]``, M as one matrix a part.
+
+    Attributes:
+        weights: Slot of A.
+        order: Permutation of the point's dimensions to batch, A's, the split one, M's.
+        tokens: Which of the flattened tokens some path reads; None where all are.
+        rows: The same as a range of one dimension of the value, where only these need to be kept.
+        split_in_a: Whether A differs along the split dimension.
+        maps: ``[split or 1, r * channels, direction]``, channels fastest.
+        maps_number: Equal for terms whose maps are the same.
+    """
+
+    weights: int
+    order: tuple[int, ...]
+    batch: int
+    a_dims: tuple[int, ...]
+    split: int | None
+    split_in_a: bool
+    maps: Tensor
+    rank: int
+    rows: tuple[int, int, int] | None
+    maps_number: int
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A constant's contribution: A summed over tokens, or token by token where the constant differs there."""
+
+    name: str
+    weights: int
+    maps: Tensor
+    by_token: bool
+    batch: int
+
+
+class Program:
+    """What a cut writes along given directions. Made by `compile_cut`."""
+
+    def __init__(self, terms: dict[str, list[Term]], shifts: list[Shifted], tape: Tape, directions: int) -> None:
+        self.terms, self.shifts, self.directions = terms, shifts, directions
+        slots = [term.weights for several in terms.values() for term in several] + [s.weights for s in shifts]
+        self.tape = tape
+        self.slots, self.leaves = tape.needed(slots)
+        tape.forget_examples()
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of the constants, each once."""
+        return tuple(dict.fromkeys(shift.name for shift in self.shifts))
+
+    def keep(self, point: str, value: Tensor) -> Tensor:
+        """The part of a point's value that some path reads; small parts are copied so that the rest is freed."""
+        rows = self._rows(point)
+        if rows is None:
+            return value
+        dim, first, count = rows
+        return value.narrow(dim, first, count).clone()
+
+    def _rows(self, point: str) -> tuple[int, int, int] | None:
+        terms = self.terms[point]
+        return terms[0].rows if len(terms) == 1 else None
+
+    def weights(self, leaves: Mapping[Node, Tensor], batch: int) -> dict[int, Tensor]:
+        """Run the tape: the weights A of everything, for one batch."""
+        return self.tape.run(self.slots, leaves, batch)
+
+    def contributions(
+        self, kept: Mapping[str, Tensor], weights: Mapping[int, Tensor], batch: int
+    ) -> dict[str, Float[Tensor, "split batch direction"]]:
+        """What each point writes along each direction, from the parts of its value that `keep` gave."""
+        found: dict[str, Tensor] = {}
+        waiting: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
+        for point, terms in self.terms.items():
+            for term in terms:
+                sums = self._summed(term, self._rows(point), kept[point], weights[term.weights], batch)
+                if term.split is None:  # many points share one M: one product for all of them
+                    waiting.setdefault(term.maps_number, []).append((point, sums[0], term.maps[0]))
+                else:
+                    _add(found, point, torch.bmm(sums, term.maps))
+        for several in waiting.values():
+            products = torch.cat([sums for _, sums, _ in several]) @ several[0][2]
+            for (point, _, _), product in zip(several, products.split(batch), strict=True):
+                _add(found, point, product.unsqueeze(0))
+        return {point: found[point] for point in self.terms}
+
+    def _summed(
+        self, term: Term, rows: tuple[int, int, int] | None, value: Tensor, a: Tensor, batch: int
+    ) -> Float[Tensor, "split batch weighted"]:
+        """Σ_tokens A X, as ``[split, batch, r * channels]``."""
+        x = _laid_out(term, value.to(self.tape.dtype), batch)
+        a = _weights_of(term, a, rows, batch)  # [r, batch, token, split or 1]
+        if term.split_in_a:
+            sums = torch.einsum("rbts,btsc->sbrc", a, x)
+        else:
+            flat = torch.bmm(rearrange(a, "r b t 1 -> b r t"), rearrange(x, "b t s c -> b t (s c)"))
+            sums = rearrange(flat, "b r (s c) -> s b r c", s=x.shape[2])
+        return sums.flatten(2)
+
+    def shifted(
+        self, weights: Mapping[int, Tensor], batch: int
+    ) -> Float[Tensor, "constant batch direction"]:
+        """What each constant writes along each direction."""
+        found = {name: 0 for name in self.constants}
+        for shift in self.shifts:
+            a = weights[shift.weights].movedim(1 + shift.batch, 1).flatten(2)
+            a = a.unflatten(1, (batch, -1)).sum(2)  # windows that are folded behind the batch share the constant
+            a = a if shift.by_token else a.sum(-1, keepdim=True)
+            found[shift.name] = found[shift.name] + torch.einsum("rbt,rdt->bd", a, shift.maps)  # type: ignore[assignment]
+        if not found:
+            return self.tape.ones(0, batch, self.directions)
+        return torch.stack(list(found.values()))  # type: ignore[arg-type]
+
+    def by_token(
+        self, point: str, kept: Tensor, weights: Mapping[int, Tensor], out: Float[Tensor, "split batch token direction"]
+    ) -> None:
+        """Write what a point writes from each of its tokens along each direction into ``out``."""
+        batch, rows = out.shape[1], self._rows(point)
+        target = out
+        if rows is not None:
+            target = out.zero_().narrow(2, rows[1], rows[2])
+        written = False
+        for term in self.terms[point]:
+            x = _laid_out(term, kept.to(self.tape.dtype), batch)
+            a = _weights_of(term, weights[term.weights], rows, batch)
+            for pair, maps in zip(a, term.maps.unflatten(1, (term.rank, -1)).unbind(1), strict=True):
+                weighted = x * pair.unsqueeze(-1)
+                for part in range(target.shape[0]):
+                    matrix = maps[part].expand(batch, -1, -1)
+                    target[part].baddbmm_(weighted[:, :, part], matrix, beta=1 if written else 0)
+                written = True
+
+
+def _add(found: dict[str, Tensor], point: str, value: Tensor) -> None:
+    found[point] = found[point] + value if point in found else value
+
+
+def _laid_out(term: Term, value: Tensor, batch: int) -> Float[Tensor, "batch token split channel"]:
+    x = value.permute(term.order)
+    tokens = 1 + len(term.a_dims)
+    split = 1 if term.split is None else x.shape[tokens]
+    return x.reshape(batch, -1, split, int(torch.Size(x.shape[tokens:]).numel()) // split)
+
+
+def _weights_of(
+    term: Term, a: Tensor, rows: tuple[int, int, int] | None, batch: int
+) -> Float[Tensor, "r batch token split"]:
+    """A as ``[r, batch, token, split or 1]``, restricted to the tokens that were kept."""
+    if rows is not None:
+        a = a.narrow(1 + rows[0], rows[1], rows[2])
+    order = (0, 1 + term.batch, *(1 + d for d in term.a_dims))
+    rest = [d for d in range(a.dim()) if d not in order]
+    a = a.permute(*order, *rest)
+    return a.reshape(term.rank, batch, -1, a.shape[len(order) :].numel())
+
+
+_LaidOut = dict[tuple[object, ...], tuple[int, Tensor, Tensor]]
+
+
+# --- compiling ------------------------------------------------------------------------------------------------
+
+
+def compile_cut(
+    cut: Cut,
+    *,
+    splits: Mapping[str, int | None],
+    through: Mapping[str, Node],
+    directions: Float[Tensor, "direction d_rep"],
+    live: frozenset[Node],
+    value_of: Callable[[Node], Tensor],
+    name_of: Callable[[Node], str],
+) -> Program:
+    """Compile a cut.
+
+    Args:
+        cut: A complete cut.
+        splits: For each point, the axis of its value that tells components apart, or None.
+        through: More nodes to read that the walk goes on through (what hooks added on the path).
+        directions: What is read at the output; the identity for vectors.
+        live: Nodes that depend on the images.
+        value_of: The value of a node that does not.
+        name_of: A name for such a value, as a constant.
+
+    Raises:
+        NoFastPathError: If pairs cannot pass an operation.
+        CapacityError: If there would be too many pairs.
+    """
+    tape = Tape(directions.dtype, directions.device)
+    on = Adjoint(tape, live, value_of, name_of)
+    at: dict[Node, list[Pairs]] = {cut.root: [Pairs(tape.start(sizes(cut.root)[0]), directions[None, :, None], ("A", "M"))]}
+    reads = {node: name for name, node in {**cut.points, **through}.items()}
+    terms: dict[str, list[Term]] = {}
+    laid_out: _LaidOut = {}
+    for node in cut.order:
+        arrived = at.pop(node, [])
+        if node in reads and arrived:
+            name = reads[node]
+            terms[name] = [_term(node, pairs, splits.get(name), tape, laid_out) for pairs in arrived]
+        if node not in cut.through:
+            continue
+        for pairs in arrived:
+            for source, passed in pass_back(node, pairs, on):
+                _merge(at.setdefault(source, []), passed, tape)
+    shifts = [_shifted(shift.name, shift.pairs, shift.value, tape) for shift in on.shifts]
+    return Program({name: terms[name] for name in splits if name in terms}, shifts, tape, len(directions))
+
+
+def _merge(known: list[Pairs], pairs: Pairs, tape: Tape) -> None:
+    """Pairs that share M become one by adding their A."""
+    for place, other in enumerate(known):
+        if other.key == pairs.key:
+            weights = tape.step(torch.add, other.weights, pairs.weights)
+            known[place] = Pairs(weights, other.maps, other.owners, other.batch)
+            return
+    known.append(pairs)
+
+
+def _term(node: Node, pairs: Pairs, split: int | None, tape: Tape, laid_out: _LaidOut) -> Term:
+    dims = len(pairs.owners)
+    split = None if split is None else split % dims
+    if split == pairs.batch:
+        raise NoFastPathError("components along the batch")
+    a_dims = tuple(d for d in range(dims) if d not in (pairs.batch, split) and pairs.owners[d] != "M")
+    m_dims = tuple(d for d in range(dims) if d not in (pairs.batch, split) and pairs.owners[d] == "M")
+    if any(pairs.owners[d] == "both" for d in a_dims):
+        raise NoFastPathError("a dimension that both factors own and that does not tell components apart")
+    split_in_a = split is not None and pairs.owners[split] != "M"
+    key = (*pairs.key, split, m_dims)
+    if key not in laid_out:
+        order = (split,) if split is not None else ()
+        maps = pairs.maps.permute(*(2 + d for d in order), 0, *(2 + d for d in m_dims), 1, 2 + pairs.batch, *(2 + d for d in a_dims))
+        whole = maps.reshape(maps.shape[0] if order else 1, -1, pairs.maps.shape[1])
+        if split is not None and whole.shape[0] == 1:
+            whole = whole.expand(sizes(node)[split], -1, -1)
+        # The pairs' own maps are kept as long as their key is in use: freed memory is given to others.
+        laid_out[key] = (len(laid_out), pairs.maps, whole.contiguous())
+    number, _, maps = laid_out[key]
+    order = (pairs.batch, *a_dims, *(() if split is None else (split,)), *m_dims)
+    rows = _rows(tape.examples[pairs.weights], pairs.batch, a_dims, sizes(node))
+    return Term(
+        pairs.weights, order, pairs.batch, a_dims, split, split_in_a, maps, pairs.rank, rows, number
+    )
+
+
+def _rows(a: Tensor, batch: int, a_dims: Sequence[int], shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """The range of tokens that some path reads, where it is less than half of the only token dimension."""
+    if len(a_dims) != 1 or shape[batch] != a.shape[1 + batch] or batch != 0:
+        return None
+    dim = a_dims[0]
+    others = [d for d in range(a.dim()) if d != 1 + dim]
+    read = a.ne(0).sum(others).nonzero()[:, 0]
+    if len(read) == 0:
+        return (dim, 0, 0)
+    first, count = int(read[0]), int(read[-1] - read[0]) + 1
+    return (dim, first, count) if 2 * count <= shape[dim] else None
+
+
+def _shifted(name: str, pairs: Pairs, value: Tensor, tape: Tape) -> Shifted:
+    mine = [d for d, owner in enumerate(pairs.owners) if owner == "M" and d != pairs.batch]
+    written = pairs.maps * value
+    if mine:
+        written = written.sum([2 + d for d in mine], keepdim=True)
+    written = written.squeeze(2 + pairs.batch)
+    if all(size == 1 for size in written.shape[2:]):
+        return Shifted(name, pairs.weights, written.flatten(2), False, pairs.batch)
+    a = tape.examples[pairs.weights]
+    shape = [a.shape[1 + d] for d in range(len(pairs.owners)) if d != pairs.batch]
+    return Shifted(name, pairs.weights, written.expand(*written.shape[:2], *shape).flatten(2), True, pairs.batch)

@@ -1,0 +1,109 @@
+"""The slow way: run the frozen graph again from given source values. The oracle for everything fast.
+
+An operation on the path is replayed on the values that arrive, with everything frozen taken from a recorded
+run: the other factor of a product by the recorded value, 1/σ and the arg-max from the recorded input.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from vitdecomp_lens.frozen.rules import SPLITS, argument, operation
+
+Replay = Callable[[Node, Tensor, Tensor, Callable[[Any], Any]], Tensor]
+REPLAYS: dict[str, Replay] = {}
+
+
+def replay(name: str) -> Callable[[Replay], Replay]:
+    """Register how an operation is replayed where running it again would unfreeze it."""
+
+    def register(function: Replay) -> Replay:
+        REPLAYS[name] = function
+        return function
+
+    return register
+
+
+def replayed(node: Node, through: Node, moving: Mapping[Node, Tensor], recorded: Mapping[Node, Any]) -> Any:
+    """The value of one frozen operation: ``moving`` where given, everything else as ``recorded``."""
+
+    def value(item: Any) -> Any:
+        return map_arg(item, lambda n: moving.get(n, recorded.get(n)))
+
+    special = REPLAYS.get(operation(node))
+    if special is not None:
+        return special(node, moving[through], recorded[through], value)
+    if operation(node) == "getitem" and isinstance(node.args[0], Node) and operation(node.args[0]) in SPLITS:
+        several = node.args[0]
+        return several.target(*value(several.args), **value(several.kwargs))[node.args[1]]  # type: ignore[operator]
+    return node.target(*value(node.args), **value(node.kwargs))  # type: ignore[operator]
+
+
+def inverse_deviation(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """1/σ with the biased variance, at least in float32."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (wide.var(dims, unbiased=False, keepdim=True) + eps).rsqrt()
+
+
+def inverse_root_mean_square(x: Tensor, dims: tuple[int, ...], eps: float | None) -> Tensor:
+    """1/RMS, at least in float32; without an eps, torch's own default."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (wide.square().mean(dims, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
+
+
+def norm_dims(node: Node) -> tuple[int, ...]:
+    """The trailing dimensions that a LayerNorm or RMSNorm works on."""
+    return tuple(range(-len(node.args[1]), 0))  # type: ignore[arg-type]
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+@replay("aten::layer_norm")
+def layer_norm(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any]) -> Tensor:
+    """(x - mean x) / σ(seen) γ + β."""
+    dims = norm_dims(node)
+    inverse = inverse_deviation(seen, dims, argument(node, 4, "eps", 1e-5))
+    weight, bias = value(argument(node, 2, "weight")), value(argument(node, 3, "bias"))
+    return _affine((x - x.mean(dims, keepdim=True)) * inverse, weight, bias)
+
+
+@replay("aten::rms_norm")
+def rms_norm(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any]) -> Tensor:
+    """X / RMS(seen) γ."""
+    inverse = inverse_root_mean_square(seen, norm_dims(node), argument(node, 3, "eps"))
+    return _affine(x * inverse, value(argument(node, 2, "weight")), None)
+
+
+@replay("aten::group_norm")
+def group_norm(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any]) -> Tensor:
+    """LayerNorm over the channels and positions of each group."""
+    groups, eps = node.args[1], argument(node, 4, "eps", 1e-5)
+    split = (x.shape[0], groups, -1)
+    inverse = inverse_deviation(seen.reshape(split), (-1,), eps)
+    moved = x.reshape(split)
+    y = ((moved - moved.mean(-1, keepdim=True)) * inverse).reshape(x.shape)
+    per_channel = (1, -1) + (1,) * (x.dim() - 2)
+    weight, bias = (value(argument(node, place, name)) for place, name in ((2, "weight"), (3, "bias")))
+    return _affine(y, *(None if p is None else p.reshape(per_channel) for p in (weight, bias)))
+
+
+@replay("aten::max_pool2d")
+def max_pool2d(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any]) -> Tensor:
+    """The entries that were largest in ``seen``."""
+    settings = [value(a) for a in node.args[1:]]
+    pooled, chosen = torch.nn.functional.max_pool2d(seen, *settings, return_indices=True)  # type: ignore[misc]
+    return x.flatten(2).gather(2, chosen.flatten(2)).reshape(pooled.shape)
+
+
+@replay("aten::adaptive_max_pool2d")
+def adaptive_max_pool2d(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any]) -> Tensor:
+    """The entries that were largest in ``seen``."""
+    pooled, chosen = torch.nn.functional.adaptive_max_pool2d(seen, node.args[1], return_indices=True)  # type: ignore[arg-type]
+    return x.flatten(2).gather(2, chosen.flatten(2)).reshape(pooled.shape)

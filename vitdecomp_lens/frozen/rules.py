@@ -1,0 +1,257 @@
+"""One table: what a frozen operation is linear in.
+
+Freezing a model at one input leaves each operation of its graph one of five kinds:
+
+===========  ==================================================  =================================
+kind         what it is                                          what is frozen
+===========  ==================================================  =================================
+linear       sums, products with constants, reshapes, pooling    nothing
+normaliser   LayerNorm, RMSNorm, division by a norm              1/σ, or the norm; μ stays linear
+pattern      attention: a softmax times values                   the softmax
+gate         squeeze-excite products, max-pool                   the gate, the arg-max
+source       every other nonlinearity                            its value
+===========  ==================================================  =================================
+
+A walk from the output towards the input passes linear operations and normalisers; it passes a pattern or a
+gate only where a cut lies behind it, and never a source. What an operation is linear *in* is all that this
+file says; how a cotangent passes it stands in ``adjoints.py``, how the frozen operation is replayed in
+``replay.py``.
+
+To add an operation, register a function that gets its node and the set of nodes that depend on the images,
+and returns a `Passage`::
+
+    @rule("my_library::my_scale")
+    def my_scale(node, live):
+        return Passage("linear", (node.args[0],))
+
+An operation without a rule is a source, and every walk that meets it reports it as unknown.
+"""
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.fx import Node
+
+from vitdecomp_lens.errors import InputError
+
+Kind = Literal["linear", "normaliser", "pattern", "gate", "source"]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What a frozen operation is, and the inputs in which it is affine.
+
+    Attributes:
+        kind: One of the five kinds above.
+        through: Inputs through which a walk goes on; empty for a source.
+        known: False for an operation without a rule.
+    """
+
+    kind: Kind
+    through: tuple[Node, ...] = ()
+    known: bool = True
+
+
+Rule = Callable[[Node, Container[Node]], Passage]
+RULES: dict[str, Rule] = {}
+SOURCE = Passage("source")
+
+
+def rule(*operations: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of one or more operations, named as ``"aten::linear"``.
+
+    Raises:
+        InputError: If an operation has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for operation in operations:
+            if operation in RULES:
+                raise InputError(f"The operation {operation!r} has a rule already: {RULES[operation].__name__}.")
+            RULES[operation] = function
+        return function
+
+    return register
+
+
+def operation(node: Node) -> str:
+    """The name of a node's operation: ``aten::linear``, ``getitem``, or the kind of node."""
+    if node.op != "call_function":
+        return node.op
+    schema = getattr(node.target, "_schema", None)  # built-in functions such as getitem have none
+    return schema.name if schema is not None else node.target.__name__  # type: ignore[union-attr]
+
+
+def classify(node: Node, live: Container[Node]) -> Passage:
+    """What ``node`` is, given the nodes that depend on the images (``live``)."""
+    found = RULES.get(operation(node))
+    return found(node, live) if found else Passage("source", known=False)
+
+
+def sizes(node: Node) -> tuple[int, ...]:
+    """Shape of a node's value when the batch holds the two images that it was traced with."""
+    return tuple(int(size) for size in node.meta["val"].shape)
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of an operation by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _live_inputs(node: Node, live: Container[Node]) -> tuple[Node, ...]:
+    return tuple(dict.fromkeys(n for n in node.all_input_nodes if n in live))
+
+
+# --- linear -----------------------------------------------------------------------------------------------
+
+
+@rule(
+    *(
+        f"aten::{name}"
+        for name in (
+            "view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T movedim swapaxes"
+            " expand expand_as view_as reshape_as repeat alias contiguous clone detach lift_fresh_copy to _to_copy type_as"
+            " dropout feature_dropout native_dropout"
+            " slice select narrow index roll flip pad constant_pad_nd unfold im2col col2im pixel_shuffle pixel_unshuffle"
+            " mean sum avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d"
+            " upsample_bilinear2d upsample_bicubic2d upsample_nearest2d neg"
+        ).split()
+    ),
+    "vitdecomp_lens::tag",
+)
+def moves_or_averages(node: Node, live: Container[Node]) -> Passage:
+    """Operations that move, copy or average entries of their first argument."""
+    return Passage("linear", (node.args[0],))  # type: ignore[arg-type]
+
+
+@rule("aten::add", "aten::sub", "aten::rsub", "aten::cat", "aten::concat", "aten::stack")
+def joins(node: Node, live: Container[Node]) -> Passage:
+    """Sums and concatenations are linear in all that they join."""
+    return Passage("linear", _live_inputs(node, live))
+
+
+@rule("getitem")
+def takes_one_of_several(node: Node, live: Container[Node]) -> Passage:
+    """One output of a split goes on to what was split."""
+    several = node.args[0]
+    if isinstance(several, Node) and operation(several) in SPLITS:
+        return Passage("linear", (several.args[0],))  # type: ignore[arg-type]
+    return Passage("source", known=False)
+
+
+SPLITS = frozenset({"aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::tensor_split"})
+
+
+@rule(*SPLITS)
+def splits(node: Node, live: Container[Node]) -> Passage:
+    """A split itself; walks pass it by way of ``getitem``."""
+    return Passage("linear", (node.args[0],))  # type: ignore[arg-type]
+
+
+@rule("aten::linear", "aten::addmm", "aten::conv1d", "aten::conv2d", "aten::convolution", "aten::baddbmm")
+def weighs(node: Node, live: Container[Node]) -> Passage:
+    """Products with weights, where only the data depends on the images."""
+    inputs = _live_inputs(node, live)
+    return Passage("linear", inputs) if len(inputs) == 1 else SOURCE
+
+
+@rule("aten::batch_norm", "aten::_native_batch_norm_legit_no_training")
+def batch_norm(node: Node, live: Container[Node]) -> Passage:
+    """Affine in evaluation mode; models in training mode are not traced."""
+    return Passage("linear", (node.args[0],))  # type: ignore[arg-type]
+
+
+# --- normalisers ------------------------------------------------------------------------------------------
+
+
+@rule("aten::layer_norm", "aten::rms_norm", "aten::group_norm")
+def norm(node: Node, live: Container[Node]) -> Passage:
+    """Linear once 1/σ is frozen; subtracting the mean is linear anyway."""
+    return Passage("normaliser", (node.args[0],))  # type: ignore[arg-type]
+
+
+STATISTICS = frozenset({"aten::rsqrt", "aten::sqrt", "aten::linalg_vector_norm", "aten::norm", "aten::var", "aten::std"})
+KEEPS_A_STATISTIC = frozenset(
+    f"aten::{name}"
+    for name in "expand expand_as clamp_min clamp add unsqueeze reciprocal to _to_copy view reshape alias clone".split()
+) | {"vitdecomp_lens::tag"}
+
+
+def is_statistic(node: Any) -> bool:
+    """Whether a value is a norm or a standard deviation, or its inverse."""
+    while isinstance(node, Node) and operation(node) in KEEPS_A_STATISTIC:
+        node = node.args[0]
+    return isinstance(node, Node) and operation(node) in STATISTICS
+
+
+# --- products of two values that both depend on the images ---------------------------------------------------
+
+
+@rule("aten::mul", "aten::div")
+def scales(node: Node, live: Container[Node]) -> Passage:
+    """A product with a constant, with a norm's statistic, or with a gate that is broadcast; else a source."""
+    left, right = node.args[:2]
+    inputs = _live_inputs(node, live)
+    divides = operation(node) == "aten::div"
+    if len(inputs) == 1:
+        linear = left is not right and (inputs[0] is left or not divides)
+        return Passage("linear", inputs) if linear else SOURCE
+    for kept, factor in ((left, right),) if divides else ((left, right), (right, left)):
+        if is_statistic(factor):
+            return Passage("normaliser", (kept,))  # type: ignore[arg-type]
+        if not divides and sizes(kept) == sizes(node) != sizes(factor):  # type: ignore[arg-type]
+            return Passage("gate", (kept,))  # type: ignore[arg-type]
+    return SOURCE
+
+
+@rule("aten::matmul", "aten::bmm", "aten::mm")
+def multiplies_matrices(node: Node, live: Container[Node]) -> Passage:
+    """A product with a constant, or an attention pattern with its values."""
+    inputs = _live_inputs(node, live)
+    if len(inputs) == 1 and node.args[0] is not node.args[1]:
+        return Passage("linear", inputs)
+    return Passage("pattern", (node.args[1],)) if is_pattern(node.args[0]) else SOURCE  # type: ignore[arg-type]
+
+
+@rule("aten::scaled_dot_product_attention")
+def attention(node: Node, live: Container[Node]) -> Passage:
+    """Linear in the values once the pattern is frozen."""
+    return Passage("pattern", (node.args[2],))  # type: ignore[arg-type]
+
+
+KEEPS_A_PATTERN = KEEPS_A_STATISTIC | {
+    f"aten::{name}" for name in "dropout mul sub select slice permute transpose contiguous".split()
+}
+
+
+def is_pattern(node: Any) -> bool:
+    """Whether a value is a softmax, or a weighted difference of softmaxes (differential attention)."""
+    while isinstance(node, Node) and operation(node) in KEEPS_A_PATTERN:
+        node = node.args[0]
+    return isinstance(node, Node) and operation(node) in ("aten::softmax", "aten::_softmax")
+
+
+# --- gates and sources ---------------------------------------------------------------------------------------
+
+
+@rule("aten::max_pool2d", "aten::adaptive_max_pool2d")
+def max_pool(node: Node, live: Container[Node]) -> Passage:
+    """Picks entries; which ones is frozen."""
+    return Passage("gate", (node.args[0],))  # type: ignore[arg-type]
+
+
+@rule(
+    *(
+        f"aten::{name}"
+        for name in (
+            "gelu silu relu relu6 leaky_relu elu celu selu mish hardswish hardsigmoid hardtanh sigmoid log_sigmoid tanh"
+            " softplus softmax _softmax log_softmax exp log erf erfc sin cos pow square sqrt rsqrt reciprocal abs clamp"
+            " clamp_min clamp_max minimum maximum amax amin max min var std linalg_vector_norm norm prod cumsum"
+            " masked_fill where einsum prelu rrelu glu"
+        ).split()
+    )
+)
+def bends(node: Node, live: Container[Node]) -> Passage:
+    """Nonlinearities, and what is rarely on a path: their value is taken as given."""
+    return SOURCE
