@@ -271,10 +271,15 @@ class Labelled(Checked):
         """
         tensors, header = storage.read(path, kind=cls.__name__)
         with storage.restoring(path, kind=cls.__name__):
+            # JSON has lists only; a field of a frozen value is a tuple.
+            own: dict[str, Any] = {
+                name: tuple(header[name]) if isinstance(header[name], list) else header[name]
+                for name in cls._own_fields()
+            }
             return cls(
                 values=tensors["values"],
                 components=storage.unpack_components(header["components"]),
                 total=tensors.get("total"),
                 **storage.unpack(header),
-                **{name: header[name] for name in cls._own_fields()},
+                **own,
             )

@@ -27,7 +27,6 @@ from vitdecomp_lens.errors import InputError, StoreError
 
 FORMAT = "vitdecomp_lens"
 VERSION = 1
-_CHECKSUM = f"{FORMAT}.crc32"
 # torch.save writes a zip archive; a pickle starts with its protocol, where a header's length would have zeros.
 _PICKLED = re.compile(rb"PK\x03\x04|\x80[\x02-\x05][^\x00]")
 
@@ -74,7 +73,8 @@ def write(path: str | os.PathLike[str], *, kind: str, tensors: Mapping[str, Tens
     text = json.dumps(
         {"kind": kind, "version": VERSION, "crc32": checksums, "header": as_json("a header", dict(header))}
     )
-    metadata = {FORMAT: text, _CHECKSUM: str(zlib.crc32(text.encode()))}
+    # One entry, because safetensors writes several in any order, and the same values should give the same bytes.
+    metadata = {FORMAT: f"{zlib.crc32(text.encode()):08x} {text}"}
     # Beside its target, because os.replace is atomic within one file system only.
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
     try:
@@ -160,13 +160,13 @@ def restoring(path: str | os.PathLike[str], *, kind: str) -> Iterator[None]:
 
 
 def _header(path: Path, kind: str, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, int]]:
-    text = metadata.get(FORMAT)
-    if text is None:
+    if FORMAT not in metadata:
         raise StoreError(
             f"Expected a stored {kind} at {path}; it is a safetensors file that this package did not write. "
             f"Read its tensors with safetensors, and build a {kind} from them."
         )
-    if metadata.get(_CHECKSUM) != str(zlib.crc32(text.encode())):
+    checksum, _, text = metadata[FORMAT].partition(" ")
+    if checksum != f"{zlib.crc32(text.encode()):08x}":
         raise damaged(path, kind, "its header is not what was written")
     content = json.loads(text)
     if content["version"] > VERSION:
@@ -176,7 +176,7 @@ def _header(path: Path, kind: str, metadata: Mapping[str, str]) -> tuple[dict[st
         )
     if content["kind"] != kind:
         raise StoreError(
-            f"Expected a stored {kind} at {path}; it holds a {content['kind']}. Use {content['kind']}.load(path)."
+            f"Expected a stored {kind} at {path}; it holds another kind. Use {content['kind']}.load(path)."
         )
     return content["header"], content["crc32"]
 
