@@ -318,14 +318,6 @@ class HookedViT(HookedRootModule):
         """Load into the original, and so into both."""
         return self.original.load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The original's parameters, by its names."""
-        return self.original.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """The original's buffers, by its names."""
-        return self.original.named_buffers(*args, **kwargs)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HookedViT":
         self.original._apply(fn, recurse)
         return self
