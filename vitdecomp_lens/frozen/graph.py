@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,15 @@ from vitdecomp_lens.frozen.program import Program, compile_cut
 from vitdecomp_lens.frozen.replay import replayed
 from vitdecomp_lens.frozen.rules import operation, sizes
 from vitdecomp_lens.frozen.walk import Cut, module_path, walk
+
+@runtime_checkable
+class NamesParameters(Protocol):
+    """A wrapper that knows what its parameters are called in the model that it wraps."""
+
+    @property
+    def parameter_names(self) -> Mapping[int, str]:
+        """Names by ``id``."""
+
 
 TAG = "vitdecomp_lens::tag"
 MOST_PROGRAMS = 8
@@ -131,11 +140,12 @@ class FrozenGraph:
     def constant_name(self, node: Node) -> str:
         """The parameters that a constant is made of."""
         found: list[str] = []
+        names = self.module.parameter_names if isinstance(self.module, NamesParameters) else {}
         ahead, seen = [node], set()
         while ahead:
             n = ahead.pop(0)
             if n.name in self.parameters:
-                found.append(self.parameters[n.name])
+                found.append(names.get(id(self.weight(n)), self.parameters[n.name]))
             ahead += [i for i in n.all_input_nodes if i not in seen and i not in self.live]
             seen.update(n.all_input_nodes)
         return "+".join(dict.fromkeys(found)) or f"{module_path(node)}:{operation(node).removeprefix('aten::')}"

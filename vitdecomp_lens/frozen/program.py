@@ -6,7 +6,7 @@ followed by one product with M. With the identity as directions the outcome is e
 with K directions it is K scores a component, and no vector is ever made (pull).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,13 +90,19 @@ class Program:
         return self.tape.run(self.slots, leaves, batch)
 
     def contributions(
-        self, kept: Mapping[str, Tensor], weights: Mapping[int, Tensor], batch: int
+        self,
+        kept: Mapping[str, Tensor],
+        weights: Mapping[int, Tensor],
+        batch: int,
+        *,
+        only: Iterable[str] | None = None,
     ) -> dict[str, Float[Tensor, "split batch direction"]]:
         """What each point writes along each direction, from the parts of its value that `keep` gave."""
+        points = list(self.terms if only is None else only)
         found: dict[str, Tensor] = {}
         waiting: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
-        for point, terms in self.terms.items():
-            for term in terms:
+        for point in points:
+            for term in self.terms[point]:
                 sums = self._summed(term, self._rows(point), kept[point], weights[term.weights], batch)
                 if term.split is None:  # many points share one M: one product for all of them
                     waiting.setdefault(term.maps_number, []).append((point, sums[0], term.maps[0]))
@@ -106,7 +112,7 @@ class Program:
             products = torch.cat([sums for _, sums, _ in several]) @ several[0][2]
             for (point, _, _), product in zip(several, products.split(batch), strict=True):
                 _add(found, point, product.unsqueeze(0))
-        return {point: found[point] for point in self.terms}
+        return {point: found[point] for point in points}
 
     def _summed(
         self, term: Term, rows: tuple[int, int, int] | None, value: Tensor, a: Tensor, batch: int
