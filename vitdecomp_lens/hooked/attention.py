@@ -8,7 +8,6 @@ the same order: fused, unless the scores or the pattern are hooked.
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,23 +19,17 @@ from vitdecomp_lens.hooked.tail import Tail
 from vitdecomp_lens.points import LazyHookPoint, is_hooked
 
 Heads = tuple[
-    Float[Tensor, "batch q_head token d_qk"],
-    Float[Tensor, "batch q_head token d_qk"],
-    Float[Tensor, "batch head token d_head"],
+    Float[Tensor, "batch q_head query d_qk"],
+    Float[Tensor, "batch q_head key d_qk"],
+    Float[Tensor, "batch head key d_head"],
 ]
 
 
-class HookedAttention(nn.Module, ABC):
-    """Attention whose queries, keys, values, scores, pattern and head outputs can be read and changed.
+class HookedHeads(nn.Module, ABC):
+    """Hook points of attention heads, and the mixing of values by patterns between them.
 
     ``hook_q``, ``hook_k`` (after QK-norm), ``hook_v`` and ``hook_z`` are ``batch token head d_head``;
-    ``hook_attn_scores`` and ``hook_pattern`` are ``batch head query key``. ``hook_z`` comes after any norm,
-    gate or scale between mixing and projection, so that ``z @ W_O`` summed over heads, plus ``b_O``, is what
-    is added to the stream. ``hook_result``, each head's share of that, exists after `use_result`.
-
-    Args:
-        core: The (cloned) attention module of the library.
-        tail: What the block does with the output before adding it (LayerScale).
+    ``hook_attn_scores`` and ``hook_pattern`` are ``batch head query key``.
     """
 
     hook_q: HookPoint
@@ -45,22 +38,15 @@ class HookedAttention(nn.Module, ABC):
     hook_z: HookPoint
     hook_attn_scores: LazyHookPoint
     hook_pattern: LazyHookPoint
-    hook_result: LazyHookPoint
 
-    def __init__(self, core: nn.Module, *, tail: Tail | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        for name in ("hook_q", "hook_k", "hook_v", "hook_z"):
+        for name in ("hook_q", "hook_k", "hook_v"):
             setattr(self, name, HookPoint())
         self.hook_attn_scores = LazyHookPoint()
         self.hook_pattern = LazyHookPoint()
+        self.hook_z = HookPoint()
         self._points: tuple[HookPoint, ...] = tuple(m for m in self.children() if isinstance(m, HookPoint))
-        self._split: tuple[Tensor, Tensor, Tensor] | None = None
-        self.core = core
-        self.tail = tail or Tail()
-        # An instance attribute, so that hooks which the user put on the library's module still run around it.
-        core.__dict__["forward"] = self.run
-
-    # What differs between libraries ------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -72,6 +58,64 @@ class HookedAttention(nn.Module, ABC):
     def scale(self) -> float:
         """What dot products of queries and keys are multiplied with."""
 
+    def drop(self, pattern: Tensor) -> Tensor:
+        """Apply attention dropout; there is none unless overridden."""
+        return pattern
+
+    def score(self, q: Tensor, k: Tensor) -> Float[Tensor, "batch head query key"]:
+        """Attention scores: scaled dot products."""
+        return (q * self.scale) @ k.transpose(-2, -1)
+
+    def mix(
+        self,
+        q: Float[Tensor, "batch head query d_qk"],
+        k: Float[Tensor, "batch head key d_qk"],
+        v: Float[Tensor, "batch head key d_head"],
+    ) -> Float[Tensor, "batch head query d_head"]:
+        """Mix values by the attention pattern."""
+        if self.fused and not any_hooked((self.hook_attn_scores, self.hook_pattern)):
+            return functional.scaled_dot_product_attention(q, k, v)
+        scores = fire(self.hook_attn_scores, self.score(q, k))
+        return fire(self.hook_pattern, self.drop(scores.softmax(-1))) @ v
+
+    def mix_hooked(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch query head d_head"]:
+        """Pass queries, keys and values, heads before tokens, through their hooks; mix them, tokens before heads."""
+        q, k, v = (
+            fire(point, heads.transpose(1, 2)).transpose(1, 2)
+            for point, heads in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v))
+        )
+        return self.mix(q, k, v).transpose(1, 2)
+
+
+class HookedAttention(HookedHeads):
+    """Attention whose queries, keys, values, scores, pattern and head outputs can be read and changed.
+
+    ``hook_z`` comes after any norm, gate or scale between mixing and projection, so that ``z @ W_O`` summed
+    over heads, plus ``b_O``, is what is added to the stream. ``hook_result``, each head's share of that,
+    exists after `use_result`. See `HookedHeads` for the other hooks.
+
+    Args:
+        core: The (cloned) attention module of the library.
+        tail: What the block does with the output before adding it (LayerScale).
+    """
+
+    hook_result: LazyHookPoint
+    core: nn.Module
+
+    def __init__(self, core: nn.Module, *, tail: Tail | None = None) -> None:
+        super().__init__()
+        self._split: tuple[Tensor, Tensor, Tensor] | None = None
+        self.tail = tail or Tail()
+        self.stand_in_for(core)
+
+    def stand_in_for(self, core: nn.Module) -> None:
+        """Take over the library's ``forward``."""
+        self.core = core
+        # An instance attribute, so that hooks which the user put on the library's module still run around it.
+        core.__dict__["forward"] = self.run
+
+    # What differs between libraries ------------------------------------------------------------------
+
     @abstractmethod
     def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
         """Queries, keys and values, heads before tokens, before QK-norm."""
@@ -82,17 +126,13 @@ class HookedAttention(nn.Module, ABC):
 
     @abstractmethod
     def finish_heads(
-        self, z: Float[Tensor, "batch token head d_head"], x: Float[Tensor, "batch token d_model"]
-    ) -> Float[Tensor, "batch token head d_head"]:
+        self, z: Float[Tensor, "batch query head d_head"], x: Float[Tensor, "batch token d_model"]
+    ) -> Float[Tensor, "batch query head d_head"]:
         """Apply what stands between mixing and the output projection: norm, gate, head scale."""
 
     @abstractmethod
     def project_out(self, z: Float[Tensor, "batch token head d_head"]) -> Float[Tensor, "batch token d_model"]:
         """Apply the output projection, without LayerScale."""
-
-    @abstractmethod
-    def drop(self, pattern: Tensor) -> Tensor:
-        """Apply attention dropout."""
 
     # Weights -------------------------------------------------------------------------------------------
 
@@ -137,9 +177,9 @@ class HookedAttention(nn.Module, ABC):
         """Output bias, with LayerScale folded in."""
 
     @property
+    @abstractmethod
     def heads(self) -> int:
         """Number of heads, as ``hook_z`` counts them."""
-        return int(self.W_O.shape[0])
 
     # Running -------------------------------------------------------------------------------------------
 
@@ -163,15 +203,20 @@ class HookedAttention(nn.Module, ABC):
             split: Inputs of queries, keys and values by head, ``batch token head d_model`` each.
         """
         if "hook_result" in self._modules and is_hooked(self.hook_result):
-            z = self.head_outputs(x, split)
-            shares = einsum(z, self.W_O, "batch token head d_head, head d_head d_model -> batch token head d_model")
-            result = fire(self.hook_result, shares).sum(2) + self.b_O
-            return result if self.tail.folds else self.tail(result)
+            return self.branch(self.head_outputs(x, split))
         self._split = split
         try:
             return self.tail(self.call_core(x))
         finally:
             self._split = None
+
+    def branch(self, z: Float[Tensor, "batch token head d_head"]) -> Float[Tensor, "batch token d_model"]:
+        """Return what the block adds to the stream from the heads' outputs, through ``hook_result`` if it is used."""
+        if "hook_result" not in self._modules or not is_hooked(self.hook_result):
+            return self.tail(self.project_out(z))
+        shares = einsum(z, self.W_O, "batch token head d_head, head d_head d_model -> batch token head d_model")
+        result = fire(self.hook_result, shares).sum(2) + self.b_O
+        return result if self.tail.folds else self.tail(result)
 
     def call_core(self, x: Tensor) -> Tensor:
         """Call the library's module, whose ``forward`` is `run`."""
@@ -186,15 +231,11 @@ class HookedAttention(nn.Module, ABC):
 
     def head_outputs(
         self, x: Float[Tensor, "batch token d_model"], split: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Float[Tensor, "batch token head d_head"]:
+    ) -> Float[Tensor, "batch query head d_head"]:
         """Everything up to and with ``hook_z``."""
         q, k, v = self.project(x) if split is None else self.project_split(*split)
         q, k = self.norm_qk(q, k)
-        q, k, v = (
-            fire(point, heads.transpose(1, 2)).transpose(1, 2)
-            for point, heads in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v))
-        )
-        return fire(self.hook_z, self.finish_heads(self.mix(q, k, v).transpose(1, 2), x))
+        return fire(self.hook_z, self.finish_heads(self.mix_hooked(q, k, v), x))
 
     def project_split(self, q_in: Tensor, k_in: Tensor, v_in: Tensor) -> Heads:
         """Queries, keys and values from inputs of their own, ``batch token head d_model`` each."""
@@ -208,30 +249,3 @@ class HookedAttention(nn.Module, ABC):
             )
         )
         return q, k, v
-
-    def mix(
-        self,
-        q: Float[Tensor, "batch head query d_qk"],
-        k: Float[Tensor, "batch head key d_qk"],
-        v: Float[Tensor, "batch head key d_head"],
-    ) -> Float[Tensor, "batch head query d_head"]:
-        """Mix values by the attention pattern."""
-        if self.fused and not any_hooked((self.hook_attn_scores, self.hook_pattern)):
-            return functional.scaled_dot_product_attention(q, k, v)
-        scores = fire(self.hook_attn_scores, self.score(q, k))
-        return fire(self.hook_pattern, self.drop(scores.softmax(-1))) @ v
-
-    def score(self, q: Tensor, k: Tensor) -> Float[Tensor, "batch head query key"]:
-        """Attention scores: scaled dot products."""
-        return (q * self.scale) @ k.transpose(-2, -1)
-
-
-def by_head(weight: Float[Tensor, "out d_model"], heads: int) -> Float[Tensor, "head d_model d_head"]:
-    """View the weight of a linear layer as one matrix a head."""
-    return weight.unflatten(0, (heads, -1)).transpose(1, 2)
-
-
-def packed_thirds(weight: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], ...]:
-    """Split packed query, key and value weights, and their bias or zeros, in three each."""
-    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    return torch.chunk(weight, 3), torch.chunk(bias, 3)

@@ -55,7 +55,9 @@ def check_training(module: nn.Module) -> None:
     """
     for path, child in module.named_modules():
         rate = next((getattr(child, key) for key in ("p", "drop_prob", "prob") if key in vars(child)), None)
-        if "drop" in type(child).__name__.lower() and rate:
+        if isinstance(child, nn.MultiheadAttention):
+            rate = child.dropout
+        if ("drop" in type(child).__name__.lower() or isinstance(child, nn.MultiheadAttention)) and rate:
             raise UnsupportedModelError(
                 f"The model is in training mode and {path!r} ({type(child).__name__}) drops values at random at "
                 f"rate {rate}: two runs would differ. Call .eval() first, or set that rate to 0."

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 
 from vitdecomp_lens.hooked.blocks import HookedBlock
@@ -66,13 +64,7 @@ def _normalization(norms: Sequence[HookedNorm]) -> str | None:
 
 
 def _activation(block: HookedBlock) -> str:
-    for mlp in block.mlps_by_name.values():
-        for child in mlp.core.children():
-            if not isinstance(child, (nn.Linear, nn.Dropout, nn.Identity, HookedNorm)) and not list(child.parameters()):
-                return type(child).__name__.lower()
+    for name, module in block.named_modules():
+        if name.rpartition(".")[2] in ("act", "mlp_act", "gelu"):
+            return type(module).__name__.lower()
     return "gelu"
-
-
-def floating_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's weights."""
-    return next(module.parameters()).dtype

@@ -26,22 +26,17 @@ class HookedMLP(nn.Module, ABC):
     ``act(hook_pre)`` with ``hook_pre_linear``.
 
     Args:
-        core: The (cloned) MLP of the library.
-        last: Its last linear layer.
         tail: What the block does with the output before adding it (LayerScale).
     """
 
     hook_pre: HookPoint
     hook_post: HookPoint
 
-    def __init__(self, core: nn.Module, last: nn.Module, *, tail: Tail | None = None) -> None:
+    def __init__(self, *, tail: Tail | None = None) -> None:
         super().__init__()
         self.hook_pre = HookPoint()
         self.hook_post = HookPoint()
-        self.core = core
         self.tail = tail or Tail()
-        self._last = (last,)  # registered with the core already
-        last.register_forward_pre_hook(InputTap(self.hook_post))
 
     @property
     @abstractmethod
@@ -54,6 +49,37 @@ class HookedMLP(nn.Module, ABC):
         """First bias."""
 
     @property
+    @abstractmethod
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:  # noqa: N802
+        """Last weights, with LayerScale folded in."""
+
+    @property
+    @abstractmethod
+    def b_out(self) -> Float[Tensor, "d_model"]:
+        """Last bias, with LayerScale folded in."""
+
+    @property
+    def d_mlp(self) -> int:
+        """Number of neurons."""
+        return self.W_out.shape[0]
+
+
+class TappedMLP(HookedMLP):
+    """An MLP module of a library, which ends in a linear layer.
+
+    Args:
+        core: The (cloned) MLP.
+        last: Its last linear layer.
+        tail: See `HookedMLP`.
+    """
+
+    def __init__(self, core: nn.Module, last: nn.Module, *, tail: Tail | None = None) -> None:
+        super().__init__(tail=tail)
+        self.core = core
+        self._last = (last,)  # registered with the core already
+        last.register_forward_pre_hook(InputTap(self.hook_post))
+
+    @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:  # noqa: N802
         """Last weights, with LayerScale folded in."""
         weight: Tensor = self._last[0].weight  # type: ignore[assignment]
@@ -64,18 +90,12 @@ class HookedMLP(nn.Module, ABC):
         """Last bias, with LayerScale folded in."""
         return self.tail.fold(bias_or_zeros(self._last[0]))
 
-    @property
-    def d_mlp(self) -> int:
-        """Number of neurons."""
-        weight: Tensor = self._last[0].weight  # type: ignore[assignment]
-        return weight.shape[1]
-
     def forward(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """Run the library's MLP, then LayerScale."""
         return self.tail(self.core(x))
 
 
-class PlainMLP(HookedMLP):
+class PlainMLP(TappedMLP):
     """Two linear layers with an activation function between them.
 
     Args:
@@ -102,7 +122,7 @@ class PlainMLP(HookedMLP):
         return bias_or_zeros(self._first[0])
 
 
-class GatedMLP(HookedMLP):
+class GatedMLP(TappedMLP):
     """A gated MLP: ``act(x @ W_gate + b_gate) * (x @ W_in + b_in)`` are its neurons.
 
     Args:

@@ -194,7 +194,11 @@ class HookedViT(HookedRootModule):
 
     @contextmanager
     def hooks(  # type: ignore[override]
-        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), **options: Any
+        self,
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
     ) -> Iterator["HookedViT"]:
         """Add hooks for the length of a ``with`` block.
 
@@ -202,14 +206,15 @@ class HookedViT(HookedRootModule):
             fwd_hooks: Pairs of a hook name, or a predicate on names, and a function ``(value, hook)``; what
                 it returns is what the model goes on with, None for the value as it is.
             bwd_hooks: The same for gradients.
-            **options: ``reset_hooks_end`` and ``clear_contexts`` of ``HookedRootModule.hooks``.
+            reset_hooks_end: Whether to remove them at the end.
+            clear_contexts: Whether to clear the hook points' contexts then.
 
         Raises:
             UnknownNameError: If a name or predicate matches no hook.
         """
         for name, _ in (*fwd_hooks, *bwd_hooks):
             self._as_predicate(name)
-        with super().hooks(list(fwd_hooks), list(bwd_hooks), **options):
+        with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
             yield self
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:

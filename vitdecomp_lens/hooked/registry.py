@@ -6,7 +6,7 @@ only when one of its models is wrapped.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -60,7 +60,6 @@ class Tower:
     weights_out: Callable[[], tuple[Any, Any]] | None = None
     constant_query: bool = True
     pooled: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Adapter(ABC):
@@ -168,3 +167,23 @@ def find_part(table: dict[type, Any], module: nn.Module, what: str) -> Any:
 def _keeps_forward(module: nn.Module, cls: type) -> bool:
     """Whether a module runs the ``forward`` of one of its parent classes."""
     return type(module).forward is getattr(cls, "forward", None)
+
+
+def check_methods(module: nn.Module, known: type[nn.Module], names: tuple[str, ...]) -> None:
+    """Refuse a subclass that overrides a method which hooking relies on.
+
+    Args:
+        module: The module to be hooked.
+        known: The library's class that the adapter is written for.
+        names: The methods.
+
+    Raises:
+        UnsupportedModelError: Naming the method.
+    """
+    for name in names:
+        if getattr(type(module), name) is not getattr(known, name):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} overrides {name} of {known.__name__}, so its hooks would not be what "
+                f"their names say. Register an adapter for it, or use vitdecomp_lens.trace, which works for any "
+                f"module."
+            )

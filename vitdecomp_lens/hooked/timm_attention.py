@@ -4,9 +4,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vitdecomp_lens.hooked.attention import Heads, HookedAttention, by_head, packed_thirds
+from vitdecomp_lens.hooked.attention import Heads, HookedAttention
 from vitdecomp_lens.hooked.hook_points import any_hooked, fire
-from vitdecomp_lens.hooked.mlp import bias_or_zeros
+from vitdecomp_lens.hooked.packed import PackedAttention, linear_out
 
 
 def differential_mix(
@@ -37,8 +37,8 @@ def differential_mix(
     return core.sub_norm(z) * (1 - core.lambda_init)  # type: ignore[operator]
 
 
-class PackedAttention(HookedAttention):
-    """Attention with one linear layer ``qkv`` and an output layer ``proj``, as most of timm's."""
+class TimmPackedAttention(PackedAttention):
+    """An attention module of timm's with one linear layer ``qkv`` and an output layer ``proj``."""
 
     @property
     def fused(self) -> bool:
@@ -51,57 +51,14 @@ class PackedAttention(HookedAttention):
         return float(self.core.scale)  # type: ignore[arg-type]
 
     @property
-    def _q_heads(self) -> int:
-        return int(self.core.num_heads)  # type: ignore[arg-type]
+    def packed_in(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of ``qkv``."""
+        return self.core.qkv.weight, self.core.qkv.bias  # type: ignore[union-attr, return-value]
 
     @property
-    def _heads(self) -> int:
-        return int(self.core.num_heads)  # type: ignore[arg-type]
-
-    @property
-    def _thirds(self) -> tuple[tuple[Tensor, ...], ...]:
-        return packed_thirds(self.core.qkv.weight, self.core.qkv.bias)  # type: ignore[arg-type, union-attr]
-
-    @property
-    def W_Q(self) -> Float[Tensor, "q_head d_model d_qk"]:  # noqa: N802
-        """Query weights."""
-        return by_head(self._thirds[0][0], self._q_heads)
-
-    @property
-    def W_K(self) -> Float[Tensor, "q_head d_model d_qk"]:  # noqa: N802
-        """Key weights."""
-        return by_head(self._thirds[0][1], self._q_heads)
-
-    @property
-    def W_V(self) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802
-        """Value weights."""
-        return by_head(self._thirds[0][2], self._heads)
-
-    @property
-    def b_Q(self) -> Float[Tensor, "q_head d_qk"]:  # noqa: N802
-        """Query bias."""
-        return self._thirds[1][0].unflatten(0, (self._q_heads, -1))
-
-    @property
-    def b_K(self) -> Float[Tensor, "q_head d_qk"]:  # noqa: N802
-        """Key bias."""
-        return self._thirds[1][1].unflatten(0, (self._q_heads, -1))
-
-    @property
-    def b_V(self) -> Float[Tensor, "head d_head"]:  # noqa: N802
-        """Value bias."""
-        return self._thirds[1][2].unflatten(0, (self._heads, -1))
-
-    @property
-    def W_O(self) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
-        """Output weights, with LayerScale folded in."""
-        weight: Tensor = self.core.proj.weight  # type: ignore[union-attr, assignment]
-        return self.tail.fold(weight.T.unflatten(0, (self._heads, -1)))
-
-    @property
-    def b_O(self) -> Float[Tensor, "d_model"]:  # noqa: N802
-        """Output bias, with LayerScale folded in."""
-        return self.tail.fold(bias_or_zeros(self.core.proj))  # type: ignore[arg-type]
+    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"]]:
+        """Weight and bias of ``proj``."""
+        return linear_out(self.core.proj)  # type: ignore[arg-type]
 
     def norm_qk(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Apply QK-norm."""
@@ -116,12 +73,12 @@ class PackedAttention(HookedAttention):
         return self.core.proj_drop(self.core.proj(z.flatten(2)))  # type: ignore[operator]
 
 
-class TimmAttention(PackedAttention):
+class TimmAttention(TimmPackedAttention):
     """timm's ``Attention``, with its QK-norm, inner norm and gate where present."""
 
     def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
         """Queries, keys and values."""
-        qkv = self.core.qkv(x).unflatten(-1, (3, self._heads, -1))  # type: ignore[operator]
+        qkv = self.core.qkv(x).unflatten(-1, (3, self.heads, -1))  # type: ignore[operator]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
@@ -135,27 +92,25 @@ class TimmAttention(PackedAttention):
         z = self.core.norm(z.flatten(2))  # type: ignore[operator]
         if gate is not None:
             z = z * gate(x).sigmoid()  # type: ignore[operator]
-        return z.unflatten(-1, (self._heads, -1))
+        return z.unflatten(-1, (self.heads, -1))
 
 
-class TimmDiffAttention(PackedAttention):
+class TimmDiffAttention(TimmPackedAttention):
     """timm's ``DiffAttention``: two patterns a head, the second subtracted from the first λ times.
 
     ``hook_q``, ``hook_k`` and ``hook_attn_scores`` have two heads for each of ``hook_v`` and ``hook_z``;
     ``hook_pattern`` is the difference, which the values are mixed by.
     """
 
-    @property
-    def _q_heads(self) -> int:
-        return 2 * self._heads
+    q_heads_per_head = 2
 
     def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
         """Queries, keys and values."""
         q, k, v = self.core.qkv(x).chunk(3, dim=2)  # type: ignore[operator]
         return (
-            q.unflatten(-1, (self._q_heads, -1)).transpose(1, 2),
-            k.unflatten(-1, (self._q_heads, -1)).transpose(1, 2),
-            v.unflatten(-1, (self._heads, -1)).transpose(1, 2),
+            q.unflatten(-1, (self.q_heads, -1)).transpose(1, 2),
+            k.unflatten(-1, (self.q_heads, -1)).transpose(1, 2),
+            v.unflatten(-1, (self.heads, -1)).transpose(1, 2),
         )
 
     def mix(
@@ -173,4 +128,4 @@ class TimmDiffAttention(PackedAttention):
         """Apply the inner norm."""
         if type(self.core.norm) is nn.Identity:
             return z
-        return self.core.norm(z.flatten(2)).unflatten(-1, (self._heads, -1))  # type: ignore[operator]
+        return self.core.norm(z.flatten(2)).unflatten(-1, (self.heads, -1))  # type: ignore[operator]

@@ -4,21 +4,38 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import Attention, DiffAttention, GluMlp, Mlp, SwiGLU, resample_abs_pos_embed
+from timm.layers import (
+    Attention,
+    AttentionPoolLatent,
+    AttentionPoolPrr,
+    DiffAttention,
+    GluMlp,
+    Mlp,
+    SwiGLU,
+    resample_abs_pos_embed,
+)
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    Block,
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from vitdecomp_lens.errors import UnsupportedModelError
 from vitdecomp_lens.hooked.attention import HookedAttention
 from vitdecomp_lens.hooked.blocks import HookedBlock, PostNormBlock, TwoBranchBlock
 from vitdecomp_lens.hooked.hook_points import CopyingHookPoint, GridTap, InputTap, OutputTap, any_hooked, fire
 from vitdecomp_lens.hooked.mlp import GatedMLP, HookedMLP, PlainMLP
 from vitdecomp_lens.hooked.norms import hooked_norm
-from vitdecomp_lens.hooked.registry import Adapter, ImageSpec, Tower, find_part, register_adapter
+from vitdecomp_lens.hooked.registry import Adapter, ImageSpec, Tower, check_methods, find_part, register_adapter
 from vitdecomp_lens.hooked.tail import Tail
 from vitdecomp_lens.hooked.timm_attention import TimmAttention, TimmDiffAttention
+from vitdecomp_lens.hooked.timm_parallel import DiffScalingAttention, ScalingAttention, ScalingBlock, ThingsBlock
+from vitdecomp_lens.hooked.timm_pool import LatentPool, RefiningPool
 
 ATTENTIONS: dict[type, type[HookedAttention]] = {Attention: TimmAttention, DiffAttention: TimmDiffAttention}
 
@@ -72,7 +89,33 @@ def _res_post_block(core: Any) -> HookedBlock:
     )
 
 
-BLOCKS: dict[type, Callable[[Any], HookedBlock]] = {Block: _block, ResPostBlock: _res_post_block}
+def _scaling_block(core: Any) -> HookedBlock:
+    return ScalingBlock(core, ScalingAttention)
+
+
+def _diff_scaling_block(core: Any) -> HookedBlock:
+    return ScalingBlock(core, DiffScalingAttention)
+
+
+def _things_block(core: Any) -> HookedBlock:
+    attentions = [hook_attention(branch.attn, Tail(branch.ls)) for branch in core.attns]
+    return ThingsBlock(core, attentions, [hook_mlp(branch.mlp, Tail(branch.ls)) for branch in core.ffns])
+
+
+BLOCKS: dict[type, Callable[[Any], HookedBlock]] = {
+    Block: _block,
+    ResPostBlock: _res_post_block,
+    ParallelScalingBlock: _scaling_block,
+    DiffParallelScalingBlock: _diff_scaling_block,
+    ParallelThingsBlock: _things_block,
+}
+
+
+def _latent_pool(core: Any) -> LatentPool:
+    return LatentPool(core, None if core.mlp is None else hook_mlp(core.mlp, Tail()))
+
+
+POOLS: dict[type, Callable[[Any], nn.Module]] = {AttentionPoolLatent: _latent_pool, AttentionPoolPrr: RefiningPool}
 
 
 class TimmEmbedding:
@@ -101,7 +144,10 @@ class TimmEmbedding:
             embedded: Tensor = type(tower)._pos_embed(tower, x)
             return embedded
         tokens = [getattr(tower, name).expand(x.shape[0], -1, -1) for name in self.prefix]
-        embed = fire(self.hook_embed, torch.cat([*tokens, x.flatten(1, -2)], dim=1))
+        x = x.flatten(1, -2)
+        # cat changes the memory layout, and with it the rounding downstream: only where the library has one too.
+        x = torch.cat([*tokens, x], dim=1) if tokens or self.hook_pos_embed is None else x
+        embed = fire(self.hook_embed, x)
         if self.hook_pos_embed is None:
             return embed
         # Expanded over the batch, because TransformerLens stacks it with the embedding.
@@ -152,7 +198,8 @@ class TimmViTAdapter(Adapter):
     def hook(self, clone: Any) -> Tower:
         """Put hook points into a cloned ``VisionTransformer``."""
         distilled = isinstance(clone, VisionTransformerDistilled)
-        _check_methods(clone, VisionTransformerDistilled if distilled else VisionTransformer)
+        known = VisionTransformerDistilled if distilled else VisionTransformer
+        check_methods(clone, known, ("_pos_embed", "forward_head", "forward_features", "pool"))
         parts: dict[str, nn.Module] = {}
         parts["hook_patch_embed"] = patch_point = HookPoint()
         clone.patch_embed.register_forward_hook(GridTap(patch_point))
@@ -173,6 +220,7 @@ class TimmViTAdapter(Adapter):
             patch_grid=lambda height, width: tuple(clone.patch_embed.dynamic_feat_size((height, width))),
             patch_size=tuple(clone.patch_embed.feat_ratio(as_scalar=False)),
             weights_out=None if clone.num_classes == 0 else Unembedding(clone, distilled),
+            constant_query=isinstance(clone.attn_pool, LatentPool),
             pooled=pooled,
         )
 
@@ -195,17 +243,6 @@ class Unembedding:
         zeros = weights.new_zeros(weights.shape[1])
         biases = torch.stack([zeros if head.bias is None else head.bias for head in self.heads]).mean(0)
         return weights, biases
-
-
-def _check_methods(clone: nn.Module, known: type[nn.Module]) -> None:
-    """Refuse subclasses that override a method which hooking stands in for."""
-    for name in ("_pos_embed", "forward_head", "forward_features", "pool"):
-        if getattr(type(clone), name) is not getattr(known, name):
-            raise UnsupportedModelError(
-                f"{type(clone).__name__} overrides {name} of {known.__name__}, so its hooks would not be what "
-                f"their names say. Register an adapter for it, or use vitdecomp_lens.trace, which works for any "
-                f"module."
-            )
 
 
 def _prefix_parameters(clone: Any) -> tuple[str, ...]:
@@ -235,6 +272,8 @@ def _hook_readout(clone: Any, parts: dict[str, nn.Module], distilled: bool) -> b
     if (ln_final := hooked_norm(getattr(clone, name))) is not getattr(clone, name):
         parts["ln_final"] = ln_final
         setattr(clone, name, ln_final)
+    if clone.attn_pool is not None:
+        parts["attn_pool"] = clone.attn_pool = find_part(POOLS, clone.attn_pool, "attention pool")(clone.attn_pool)
     parts["hook_representation"] = point = CopyingHookPoint()
     if distilled:
         clone.__dict__["forward_head"] = DistilledHead(clone, point)

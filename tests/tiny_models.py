@@ -1,0 +1,158 @@
+"""A catalogue of small random vision transformers, one for each variant that is supported.
+
+Each entry of `TINY_MODELS` is a function without arguments that returns a model in evaluation mode. Every
+parameter is moved off its initial value, so that norms, LayerScale, biases and position embeddings matter.
+`SIZES` has the image size of each.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import open_clip
+import timm
+import torch
+from open_clip.transformer import QuickGELU
+from open_clip.transformer import Transformer as OpenClipTransformer
+from open_clip.transformer import VisionTransformer as OpenClipViT
+from timm.layers import Attention as TimmAttention
+from timm.layers import DiffAttention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import nn
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
+
+
+def perturb(model: nn.Module, *, seed: int = 0, amount: float = 0.1) -> nn.Module:
+    """Add noise to every parameter, with a generator of its own, and return the model in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return perturb(make())
+
+
+def _timm(cls: type[nn.Module] = VisionTransformer, **options) -> Callable[[], nn.Module]:
+    return partial(_seeded, partial(cls, **{**TINY, **options}))
+
+
+def _open_clip(**options) -> Callable[[], nn.Module]:
+    defaults = {
+        "image_size": 32,
+        "patch_size": 8,
+        "width": 32,
+        "layers": 2,
+        "heads": 4,
+        "mlp_ratio": 2.0,
+        "output_dim": 24,
+        "attn_pooler_queries": 6,
+        "attn_pooler_heads": 4,
+    }
+    return partial(_seeded, partial(OpenClipViT, **{**defaults, **options}))
+
+
+def _tokens_first() -> nn.Module:
+    model = _open_clip()()
+    model.transformer = OpenClipTransformer(32, 2, 4, 2.0, batch_first=False)
+    return perturb(model)
+
+
+def _clip(vision: dict, *, quick_gelu: bool = False) -> nn.Module:
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    return open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=quick_gelu)
+
+
+_CLIP_VISION = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32, "mlp_ratio": 2.0}
+_TIMM_VISION = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "token", "timm_proj": "linear"}
+
+
+class GatedAttention(TimmAttention):
+    """timm's attention with its gate on, which ``VisionTransformer`` has no option for."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, gated=True, **kwargs)
+
+
+class DualLambdaAttention(DiffAttention):
+    """timm's differential attention with two scalars for λ, which ``VisionTransformer`` has no option for."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, dual_lambda=True, **kwargs)
+
+
+TINY_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "class_token": _timm(),
+    "layer_scale": _timm(init_values=0.1),
+    "mean_pool_fc_norm": _timm(global_pool="avg", class_token=False),
+    "mean_pool_with_class_token": _timm(global_pool="avg", fc_norm=False),
+    "max_pool": _timm(global_pool="max"),
+    "no_pool": _timm(global_pool=""),
+    "no_classifier": _timm(num_classes=0),
+    "no_final_norm": _timm(final_norm=False),
+    "no_biases": _timm(qkv_bias=False, proj_bias=False),
+    "siglip": _timm(global_pool="map", class_token=False),
+    "siglip_with_class_token": _timm(global_pool="map"),
+    "prr_pool": _timm(global_pool="prr"),
+    "distilled": _timm(VisionTransformerDistilled),
+    "deit3": _timm(init_values=0.1, no_embed_class=True),
+    "dinov2": _timm(init_values=0.1, mlp_layer=SwiGLUPacked, mlp_ratio=2.66667 * 2),
+    "dinov2_reg": _timm(init_values=0.1, reg_tokens=2, no_embed_class=True),
+    "swiglu": _timm(mlp_layer=SwiGLU, scale_mlp_norm=True),
+    "glu": _timm(mlp_layer=GluMlp),
+    "timm_clip": _timm(pre_norm=True, act_layer="quick_gelu"),
+    "qk_norm": _timm(qk_norm=True),
+    "inner_norms": _timm(scale_attn_norm=True, scale_mlp_norm=True, init_values=0.1),
+    "gated_attention": _timm(attn_layer=GatedAttention, scale_attn_norm=True),
+    "rms_norm": _timm(norm_layer=RmsNorm),
+    "dynamic_size": _timm(dynamic_img_size=True),
+    "dynamic_size_padded": _timm(dynamic_img_size=True, dynamic_img_pad=True),
+    "no_positions": _timm(pos_embed="none"),
+    "no_prefix_no_norm": _timm(global_pool="avg", class_token=False, fc_norm=False, final_norm=False),
+    "post_norm": _timm(block_fn=ResPostBlock, init_values=0.1),
+    "parallel_scaling": _timm(block_fn=ParallelScalingBlock, qk_norm=True, init_values=0.1),
+    "parallel_scaling_no_bias": _timm(block_fn=ParallelScalingBlock, qkv_bias=False),
+    "parallel_scaling_fused": _timm(block_fn=partial(ParallelScalingBlock, fuse_out_proj=True), init_values=0.1),
+    "diff_parallel_scaling": _timm(block_fn=DiffParallelScalingBlock, qk_norm=True),
+    "parallel_things": _timm(block_fn=ParallelThingsBlock, init_values=0.1),
+    "diff_attention": _timm(attn_layer=DiffAttention, qk_norm=True, scale_attn_norm=True),
+    "diff_attention_dual": _timm(attn_layer=DualLambdaAttention),
+    "open_clip": _open_clip(),
+    "open_clip_quick_gelu": _open_clip(act_layer=QuickGELU, ls_init_value=0.1),
+    "open_clip_tokens_first": _tokens_first,
+    "open_clip_mean_pool": _open_clip(pool_type="avg", final_ln_after_pool=True),
+    "open_clip_no_pool": _open_clip(pool_type="none"),
+    "open_clip_tokens_out": _open_clip(output_tokens=True, no_ln_pre=True),
+    "open_clip_sin_cos": _open_clip(pos_embed_type="sin_cos_2d"),
+    "open_clip_custom": _open_clip(block_type="custom"),
+    "open_clip_custom_all": _open_clip(
+        qk_norm=True, scale_heads=True, scale_attn_inner=True, scale_attn=True, scale_fc=True, ls_init_value=0.1
+    ),
+    "open_clip_head_scale": _open_clip(scale_heads=True, scale_attn_inner=True, ls_init_value=0.1),
+    "open_clip_pooler": _open_clip(attentional_pool=True),
+    "open_clip_pooler_same_width": _open_clip(attentional_pool=True, output_dim=32),
+    "open_clip_pooler_parallel": _open_clip(attentional_pool="parallel", output_dim=32),
+    "open_clip_pooler_cascade": _open_clip(attentional_pool="cascade", output_dim=32),
+    "open_clip_whole": partial(_seeded, partial(_clip, _CLIP_VISION, quick_gelu=True)),
+    "open_clip_timm": partial(_seeded, partial(_clip, _TIMM_VISION)),
+    "timm_test_vit": partial(_seeded, partial(timm.create_model, "test_vit", num_classes=10)),
+}
+
+SIZES = {"timm_test_vit": 160, "open_clip_timm": 160}
+
+
+def images_for(name: str, batch: int = 3, *, seed: int = 1) -> torch.Tensor:
+    """Random images that a model of the catalogue takes."""
+    size = SIZES.get(name, 32)
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
