@@ -193,7 +193,7 @@ class HookedViT(HookedRootModule):
         return 1 if in_sequence or (name.startswith("ln_final.") and not self._tower.pooled) else None
 
     @contextmanager
-    def hooks(  # type: ignore[override]
+    def hooks(
         self,
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),

@@ -144,10 +144,10 @@ class TimmEmbedding:
             embedded: Tensor = type(tower)._pos_embed(tower, x)
             return embedded
         tokens = [getattr(tower, name).expand(x.shape[0], -1, -1) for name in self.prefix]
-        x = x.flatten(1, -2)
+        patches = x.flatten(1, -2)
         # cat changes the memory layout, and with it the rounding downstream: only where the library has one too.
-        x = torch.cat([*tokens, x], dim=1) if tokens or self.hook_pos_embed is None else x
-        embed = fire(self.hook_embed, x)
+        joins = bool(tokens) or self.hook_pos_embed is None
+        embed = fire(self.hook_embed, torch.cat([*tokens, patches], dim=1) if joins else patches)
         if self.hook_pos_embed is None:
             return embed
         # Expanded over the batch, because TransformerLens stacks it with the embedding.
