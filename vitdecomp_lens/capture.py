@@ -76,7 +76,7 @@ def capture(
 
     with _listening(points, reads | wanted | ({root} if root else set()), keep, changed, keep_before):
         output = run(images)
-    total = output if root is None else values[root]
+    total = (output if root is None else values[root]).flatten(1)
     given: dict[Node, Any] = {graph.points[name]: value for name, value in values.items() if name in wanted}
     leaves = graph.evaluate(program.leaves, {**given, graph.images: images})
     return Captured(kept, leaves, total)

@@ -320,11 +320,12 @@ def _read(
     model.check_images(images)
     if len(images) == 0:
         raise InputError("Expected at least one image; got an empty batch.")
-    graph = trace(model, images[:1], of="representation" if of == "embedding" else of)
-    if directions is not None:
-        directions = _checked_directions(directions, sizes(graph.root)[1], images)
     points = model.token_points(by) if tokens else model.component_points(by)
-    cut = graph.cut([point.hook for point in points if point.hook in graph.points])
+    hooks = [point.hook for point in points]
+    graph = trace(model, images[:1], of="representation" if of == "embedding" else of, listened=hooks)
+    if directions is not None:
+        directions = _checked_directions(directions, sizes(graph.root)[-1], images)
+    cut = graph.cut([hook for hook in hooks if hook in graph.points])
     changed = changed_on_the_path(graph, cut, model.hook_dict)
     dtype = wide(images.dtype if directions is None else directions.dtype)
     program = graph.program(

@@ -5,7 +5,7 @@ path (the attention pattern of a fused attention, the statistics of a native nor
 only while they are hooked, so the traced graph depends on which of them are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 from transformer_lens.hook_points import HookPoint
@@ -29,6 +29,10 @@ def hook_points(module: nn.Module) -> dict[str, HookPoint]:
     return {name: child for name, child in module.named_modules() if isinstance(child, HookPoint)}
 
 
-def on_the_path(points: Mapping[str, HookPoint]) -> dict[str, HookPoint]:
-    """The points that a run passes as things stand: all but the lazy ones that nothing listens at."""
-    return {name: point for name, point in points.items() if not isinstance(point, LazyHookPoint) or is_hooked(point)}
+def on_the_path(points: Mapping[str, HookPoint], listened: Collection[str] = ()) -> dict[str, HookPoint]:
+    """The points that a run passes: all but the lazy ones that nothing listens at, or is going to listen at."""
+    return {
+        name: point
+        for name, point in points.items()
+        if not isinstance(point, LazyHookPoint) or is_hooked(point) or name in listened
+    }

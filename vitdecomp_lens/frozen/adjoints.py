@@ -159,7 +159,11 @@ def permutes(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
 @adjoint("aten::expand", "aten::expand_as")
 def expands(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """What was copied is summed."""
-    source = _input(node)
+    return [(_input(node), _before_copies(node, _input(node), pairs, on))]
+
+
+def _before_copies(node: Node, source: Node, pairs: Pairs, on: Adjoint) -> Pairs:
+    """Pairs before ``source`` is broadcast to the shape of ``node``."""
     inner, outer = _aligned_shape(sizes(source), len(sizes(node))), sizes(node)
     copied = [d for d, (i, o) in enumerate(zip(inner, outer, strict=True)) if i != o]
     weights, maps = pairs.weights, pairs.maps
@@ -169,7 +173,7 @@ def expands(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
         raise NoFastPathError("an expansion over the batch")
     if theirs := [2 + d for d in copied if pairs.owners[d] == "M"]:
         maps = maps.sum(theirs, keepdim=True)
-    return [(source, reshape(replace(pairs, weights=weights, maps=maps), on.tape, sizes(source), inner))]
+    return reshape(replace(pairs, weights=weights, maps=maps), on.tape, sizes(source), inner)
 
 
 @adjoint("aten::roll")
@@ -334,9 +338,8 @@ def adds(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     signs = {"aten::add": (1, alpha), "aten::sub": (1, -alpha), "aten::rsub": (-alpha, 1)}[name]
     for part, sign in zip(node.args[:2], signs, strict=True):
         if isinstance(part, Node) and part in on.live:
-            if sizes(part) != sizes(node):
-                raise NoFastPathError("a sum that broadcasts what depends on the images")
-            passed.append((part, pairs if sign == 1 else replace(pairs, maps=pairs.maps * sign)))
+            mine = pairs if sign == 1 else replace(pairs, maps=pairs.maps * sign)
+            passed.append((part, mine if sizes(part) == sizes(node) else _before_copies(node, part, mine, on)))
         else:
             label = on.name_of(part) if isinstance(part, Node) else f"{module_path(node)}.shift"
             on.constant(label, node, pairs, on.value(part) * sign)

@@ -195,7 +195,7 @@ class FrozenGraph:
             return self._constant(node, read)
 
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        read = torch.eye(sizes(self.root)[1], dtype=dtype, device=device) if directions is None else directions.to(dtype)
+        read = torch.eye(sizes(self.root)[-1], dtype=dtype, device=device) if directions is None else directions.to(dtype)
         met = set(cut.order)
         nodes = {name: self.points[name] for name in through if self.points[name] in met}
         with torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -75,14 +75,16 @@ class Tape:
         self._leaves: dict[int, Node] = {}
         self._leaf_slots: dict[tuple[Node, str], int] = {}
         self._batch = -1
+        self._after_batch: tuple[int, ...] = ()
 
     def ones(self, *size: int) -> Tensor:
         """Ones of the dtype in which the tape computes."""
         return torch.ones(size, dtype=self.dtype, device=self.device)
 
-    def start(self, batch: int) -> int:
-        """The slot at the output: one a image, ``[1, batch, 1]``."""
-        self._batch = self._add(self.ones(1, batch, 1), lambda: self.ones(1, batch, 1), ())
+    def start(self, batch: int, dims: int) -> int:
+        """The slot at an output of ``dims`` dimensions: one an image, ``[1, batch, 1, ...]``."""
+        self._after_batch = (1,) * (dims - 1)
+        self._batch = self._add(self.ones(1, batch, *self._after_batch), self.ones, ())
         return self._batch
 
     def leaf(self, node: Node, what: str, read: Callable[[Tensor], Tensor], example: Tensor) -> int:
@@ -118,7 +120,7 @@ class Tape:
         for slot in slots:
             function, inputs = self._steps[slot]
             if slot == self._batch:
-                found[slot] = self.ones(1, batch, 1)
+                found[slot] = self.ones(1, batch, *self._after_batch)
             elif slot in self._leaves:
                 found[slot] = function(values[self._leaves[slot]].to(self.dtype))
             else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vitdecomp_lens.frozen.adjoints import Adjoint, pass_back
-from vitdecomp_lens.frozen.pairs import NoFastPathError, Pairs, Tape
+from vitdecomp_lens.frozen.pairs import NoFastPathError, Pairs, Tape, spread
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
 
@@ -217,7 +217,7 @@ def compile_cut(
     """
     tape = Tape(directions.dtype, directions.device)
     on = Adjoint(tape, live, value_of, name_of)
-    at: dict[Node, list[Pairs]] = {cut.root: [Pairs(tape.start(sizes(cut.root)[0]), directions[None, :, None], ("A", "M"))]}
+    at: dict[Node, list[Pairs]] = {cut.root: [_start(cut.root, tape, directions)]}
     reads = {node: name for name, node in {**cut.points, **through}.items()}
     terms: dict[str, list[Term]] = {}
     laid_out: _LaidOut = {}
@@ -235,6 +235,14 @@ def compile_cut(
     return Program({name: terms[name] for name in splits if name in terms}, shifts, tape, len(directions))
 
 
+def _start(root: Node, tape: Tape, directions: Float[Tensor, "direction d_rep"]) -> Pairs:
+    """One pair at the output ``[batch, 1, ..., d_rep]``: A is one, M the directions."""
+    shape = sizes(root)
+    between = (1,) * (len(shape) - 1)
+    maps = directions.reshape(1, directions.shape[0], *between, shape[-1])
+    return Pairs(tape.start(shape[0], len(shape)), maps, ("A",) * len(between) + ("M",))
+
+
 def _merge(known: list[Pairs], pairs: Pairs, tape: Tape) -> None:
     """Pairs that share M become one by adding their A."""
     for place, other in enumerate(known):
@@ -248,12 +256,13 @@ def _merge(known: list[Pairs], pairs: Pairs, tape: Tape) -> None:
 def _term(node: Node, pairs: Pairs, split: int | None, tape: Tape, laid_out: _LaidOut) -> Term:
     dims = len(pairs.owners)
     split = None if split is None else split % dims
+    for dim, owner in enumerate(pairs.owners):
+        if owner == "both" and dim != split:
+            pairs = spread(pairs, tape, dim)
     if split == pairs.batch:
         raise NoFastPathError("components along the batch")
     a_dims = tuple(d for d in range(dims) if d not in (pairs.batch, split) and pairs.owners[d] != "M")
     m_dims = tuple(d for d in range(dims) if d not in (pairs.batch, split) and pairs.owners[d] == "M")
-    if any(pairs.owners[d] == "both" for d in a_dims):
-        raise NoFastPathError("a dimension that both factors own and that does not tell components apart")
     split_in_a = split is not None and pairs.owners[split] != "M"
     key = (*pairs.key, split, m_dims)
     if key not in laid_out:

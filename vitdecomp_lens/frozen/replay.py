@@ -107,3 +107,11 @@ def adaptive_max_pool2d(node: Node, x: Tensor, seen: Tensor, value: Callable[[An
     """The entries that were largest in ``seen``."""
     pooled, chosen = torch.nn.functional.adaptive_max_pool2d(seen, node.args[1], return_indices=True)  # type: ignore[arg-type]
     return x.flatten(2).gather(2, chosen.flatten(2)).reshape(pooled.shape)
+
+
+@replay("aten::amax")
+def amax(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any]) -> Tensor:
+    """The entries that were largest in ``seen``; the mean of those that tie, as torch's derivative has it."""
+    dims, keep = argument(node, 1, "dim", []) or tuple(range(seen.dim())), argument(node, 2, "keepdim", False)
+    largest = (seen == seen.amax(dims, keepdim=True)).to(x.dtype)
+    return (x * largest / largest.sum(dims, keepdim=True)).sum(dims, keepdim=keep)

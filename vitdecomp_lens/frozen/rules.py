@@ -185,12 +185,27 @@ def is_statistic(node: Any) -> bool:
     return isinstance(node, Node) and operation(node) in STATISTICS
 
 
+def is_gate(factor: Any, kept: Any) -> bool:
+    """Whether a factor is a sigmoid of something else than what it multiplies (QuickGELU is no gate)."""
+    if not isinstance(factor, Node) or operation(factor) != "aten::sigmoid":
+        return False
+    ahead, seen = list(factor.all_input_nodes), set()
+    while ahead:
+        node = ahead.pop()
+        if node is kept:
+            return False
+        if node not in seen:
+            seen.add(node)
+            ahead += node.all_input_nodes
+    return True
+
+
 # --- products of two values that both depend on the images ---------------------------------------------------
 
 
 @rule("aten::mul", "aten::div")
 def scales(node: Node, live: Container[Node]) -> Passage:
-    """A product with a constant, with a norm's statistic, or with a gate that is broadcast; else a source."""
+    """A product with a constant, with a norm's statistic, or with a gate (broadcast, or a sigmoid); else a source."""
     left, right = node.args[:2]
     inputs = _live_inputs(node, live)
     divides = operation(node) == "aten::div"
@@ -200,7 +215,8 @@ def scales(node: Node, live: Container[Node]) -> Passage:
     for kept, factor in ((left, right),) if divides else ((left, right), (right, left)):
         if is_statistic(factor):
             return Passage("normaliser", (kept,))  # type: ignore[arg-type]
-        if not divides and sizes(kept) == sizes(node) != sizes(factor):  # type: ignore[arg-type]
+        broadcast = sizes(kept) == sizes(node) != sizes(factor)  # type: ignore[arg-type]
+        if not divides and (broadcast or is_gate(factor, kept)):
             return Passage("gate", (kept,))  # type: ignore[arg-type]
     return SOURCE
 
@@ -235,7 +251,7 @@ def is_pattern(node: Any) -> bool:
 # --- gates and sources ---------------------------------------------------------------------------------------
 
 
-@rule("aten::max_pool2d", "aten::adaptive_max_pool2d")
+@rule("aten::max_pool2d", "aten::adaptive_max_pool2d", "aten::amax")
 def max_pool(node: Node, live: Container[Node]) -> Passage:
     """Picks entries; which ones is frozen."""
     return Passage("gate", (node.args[0],))  # type: ignore[arg-type]
@@ -247,7 +263,7 @@ def max_pool(node: Node, live: Container[Node]) -> Passage:
         for name in (
             "gelu silu relu relu6 leaky_relu elu celu selu mish hardswish hardsigmoid hardtanh sigmoid log_sigmoid tanh"
             " softplus softmax _softmax log_softmax exp log erf erfc sin cos pow square sqrt rsqrt reciprocal abs clamp"
-            " clamp_min clamp_max minimum maximum amax amin max min var std linalg_vector_norm norm prod cumsum"
+            " clamp_min clamp_max minimum maximum amin max min var std linalg_vector_norm norm prod cumsum"
             " masked_fill where einsum prelu rrelu glu"
         ).split()
     )

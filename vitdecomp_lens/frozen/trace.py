@@ -1,7 +1,7 @@
 """From a module to its graph: export once, name what the hooks name, keep it as long as it is true."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, near_matches
 from vitdecomp_lens.frozen.graph import FrozenGraph
 from vitdecomp_lens.frozen.rules import operation
-from vitdecomp_lens.points import hook_points, is_hooked, on_the_path
+from vitdecomp_lens.points import LazyHookPoint, hook_points, on_the_path
 
 Read = str | Callable[[nn.Module, Tensor], Tensor]
 REPRESENTATION_HOOK = "hook_representation"
@@ -34,7 +34,9 @@ def _(value: Tensor, name: str) -> Tensor:
     return torch.empty_like(value)
 
 
-def trace(module: nn.Module, images: Tensor, *, of: Read = "representation") -> FrozenGraph:
+def trace(
+    module: nn.Module, images: Tensor, *, of: Read = "representation", listened: Collection[str] = ()
+) -> FrozenGraph:
     """Trace what a module computes from images, as a graph that is affine once frozen at an input.
 
     The batch dimension stays free. Every TransformerLens hook point that the run passes keeps its name. The
@@ -48,6 +50,7 @@ def trace(module: nn.Module, images: Tensor, *, of: Read = "representation") -> 
         of: ``"representation"`` (timm: pooled and normed features before the classifier; open_clip: the
             projected embedding; otherwise the module's output), ``"logits"`` (the module's output), the name
             of a hook point, or a function of module and images.
+        listened: Lazy hook points that are going to be listened at: the graph is that of a run with them.
 
     Raises:
         InputError: If what is traced is not one tensor ``[batch, d]``.
@@ -65,8 +68,8 @@ def trace(module: nn.Module, images: Tensor, *, of: Read = "representation") -> 
             f"Tracing needs {type(module).__name__} in evaluation mode, where dropout and batch statistics are"
             " fixed; it is in training mode. Call .eval() on it first."
         )
-    points = on_the_path(hook_points(module))
-    key = (tuple(images.shape[1:]), images.dtype, images.device, of, frozenset(_lazy(points)), _settings(module))
+    points = on_the_path(hook_points(module), listened)
+    key = (tuple(images.shape[1:]), images.dtype, images.device, of, frozenset(n for n, p in points.items() if isinstance(p, LazyHookPoint)), _settings(module))
     kept = _TRACES.setdefault(module, {})
     wiring = _wiring(module)
     entry = kept.get(key)
@@ -116,12 +119,6 @@ def _settings(module: nn.Module) -> int:
 
 def _is_plain_tuple(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(item, _PLAIN) for item in value)
-
-
-def _lazy(points: Mapping[str, HookPoint]) -> Iterator[str]:
-    from vitdecomp_lens.points import LazyHookPoint
-
-    return (name for name, point in points.items() if isinstance(point, LazyHookPoint) and is_hooked(point))
 
 
 # --- what is read -------------------------------------------------------------------------------------------
@@ -235,7 +232,7 @@ def _root(graph: Graph, hook: str | None, of: Read, module: nn.Module) -> Node:
                 " example of=lambda module, images: module(images)[0]."
             )
         root = outputs[0]
-    if root.meta["val"].dim() != 2:
+    if any(size != 1 for size in root.meta["val"].shape[1:-1]) or root.meta["val"].dim() < 2:
         shape = ", ".join(map(str, root.meta["val"].shape[1:]))
         raise InputError(
             f"What is decomposed must be one vector an image, [batch, d]; of={of!r} is [batch, {shape}]. Pool it, for"
