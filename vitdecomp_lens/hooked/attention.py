@@ -24,6 +24,9 @@ Heads = tuple[
     Float[Tensor, "batch head key d_head"],
 ]
 
+# "batch token d_model", or "token batch d_model" in a library that runs tokens first.
+Stream = Float[Tensor, "outer inner d_model"]
+
 
 class HookedHeads(nn.Module, ABC):
     """Hook points of attention heads, and the mixing of values by patterns between them.
@@ -117,7 +120,7 @@ class HookedAttention(HookedHeads):
     # What differs between libraries ------------------------------------------------------------------
 
     @abstractmethod
-    def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
+    def project(self, x: Stream) -> Heads:
         """Queries, keys and values, heads before tokens, before QK-norm."""
 
     @abstractmethod
@@ -126,12 +129,12 @@ class HookedAttention(HookedHeads):
 
     @abstractmethod
     def finish_heads(
-        self, z: Float[Tensor, "batch query head d_head"], x: Float[Tensor, "batch token d_model"]
+        self, z: Float[Tensor, "batch query head d_head"], x: Stream
     ) -> Float[Tensor, "batch query head d_head"]:
         """Apply what stands between mixing and the output projection: norm, gate, head scale."""
 
     @abstractmethod
-    def project_out(self, z: Float[Tensor, "batch token head d_head"]) -> Float[Tensor, "batch token d_model"]:
+    def project_out(self, z: Float[Tensor, "batch token head d_head"]) -> Stream:
         """Apply the output projection, without LayerScale."""
 
     # Weights -------------------------------------------------------------------------------------------
@@ -192,10 +195,10 @@ class HookedAttention(HookedHeads):
 
     def forward(
         self,
-        x: Float[Tensor, "batch token d_model"],
+        x: Stream,
         *,
         split: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> Float[Tensor, "batch token d_model"]:
+    ) -> Stream:
         """Return what the block adds to the stream, but for stochastic depth.
 
         Args:
@@ -210,7 +213,7 @@ class HookedAttention(HookedHeads):
         finally:
             self._split = None
 
-    def branch(self, z: Float[Tensor, "batch token head d_head"]) -> Float[Tensor, "batch token d_model"]:
+    def branch(self, z: Float[Tensor, "batch token head d_head"]) -> Stream:
         """Return what the block adds to the stream from the heads' outputs, through ``hook_result`` if it is used."""
         if "hook_result" not in self._modules or not is_hooked(self.hook_result):
             return self.tail(self.project_out(z))
@@ -230,7 +233,7 @@ class HookedAttention(HookedHeads):
         return self.project_out(self.head_outputs(x, self._split))
 
     def head_outputs(
-        self, x: Float[Tensor, "batch token d_model"], split: tuple[Tensor, Tensor, Tensor] | None
+        self, x: Stream, split: tuple[Tensor, Tensor, Tensor] | None
     ) -> Float[Tensor, "batch query head d_head"]:
         """Everything up to and with ``hook_z``."""
         q, k, v = self.project(x) if split is None else self.project_split(*split)

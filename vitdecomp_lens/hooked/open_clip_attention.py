@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformer_lens.hook_points import HookPoint
 
 from vitdecomp_lens.errors import UnsupportedModelError
-from vitdecomp_lens.hooked.attention import Heads, HookedHeads
+from vitdecomp_lens.hooked.attention import Heads, HookedHeads, Stream
 from vitdecomp_lens.hooked.hook_points import any_hooked, fire
 from vitdecomp_lens.hooked.packed import PackedAttention, by_head, linear_out
 from vitdecomp_lens.hooked.tail import Tail
@@ -79,7 +79,7 @@ class TorchAttention(PackedAttention):
             and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)))
         )
 
-    def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
+    def project(self, x: Stream) -> Heads:
         """Queries, keys and values."""
         core: Any = self.core
         self._native = self.takes_native_path(x)
@@ -96,11 +96,11 @@ class TorchAttention(PackedAttention):
         """There is no QK-norm."""
         return q, k
 
-    def finish_heads(self, z: Float[Tensor, "batch query head d_head"], x: Tensor) -> Tensor:
+    def finish_heads(self, z: Float[Tensor, "batch query head d_head"], x: Stream) -> Tensor:
         """Nothing stands between mixing and projection."""
         return z
 
-    def project_out(self, z: Float[Tensor, "batch token head d_head"]) -> Float[Tensor, "..."]:
+    def project_out(self, z: Float[Tensor, "batch token head d_head"]) -> Stream:
         """Apply the output projection, in the layout of the library."""
         out: Any = self.core.out_proj
         if self._native:
@@ -108,7 +108,7 @@ class TorchAttention(PackedAttention):
         tokens_first = functional.linear(z.transpose(0, 1).flatten(2), out.weight, out.bias)
         return tokens_first.transpose(0, 1) if self.core.batch_first else tokens_first
 
-    def branch(self, z: Float[Tensor, "batch token head d_head"]) -> Float[Tensor, "..."]:
+    def branch(self, z: Float[Tensor, "batch token head d_head"]) -> Stream:
         """Return what the block adds to the stream, in the layout of the library."""
         out = super().branch(z)
         swapped = "hook_result" in self._modules and any_hooked((self.hook_result,)) and not self.core.batch_first
