@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from transformer_lens.hook_points import HookPoint
 
+from vitdecomp_lens.frozen.compiled import CompiledCut
 from vitdecomp_lens.frozen.graph import FrozenGraph
-from vitdecomp_lens.frozen.program import Program
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
 from vitdecomp_lens.points import is_hooked
@@ -51,7 +51,7 @@ def capture(
     images: Float[Tensor, "batch channel height width"],
     points: Mapping[str, HookPoint],
     graph: FrozenGraph,
-    program: Program,
+    program: CompiledCut,
     changed: Iterable[str],
 ) -> Captured:
     """Run a model once and keep what a program reads."""
@@ -59,7 +59,7 @@ def capture(
     values: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
-    reads = set(program.terms)
+    reads = set(program.points)
     wanted = {str(node.args[1]) for node in _nearest_points(graph, program.leaves)}
     root = next((name for name, node in graph.points.items() if node is graph.root), None)
 
@@ -120,14 +120,14 @@ def _nearest_points(graph: FrozenGraph, nodes: Iterable[Node]) -> list[Node]:
     return list(found)
 
 
-def kept_bytes(graph: FrozenGraph, program: Program) -> int:
+def kept_bytes(graph: FrozenGraph, program: CompiledCut) -> int:
     """Bytes that one image leaves while a program reads it."""
     elements = 0
-    for name, terms in program.terms.items():
+    for name in program.points:
         shape = list(sizes(graph.points[name])[1:])
-        rows = terms[0].rows if len(terms) == 1 else None
+        rows = program.kept_rows(name)
         if rows is not None:
             shape[rows[0] - 1] = rows[2]
         elements += torch.Size(shape).numel()
     elements += sum(torch.Size(sizes(node)[1:]).numel() for node in _nearest_points(graph, program.leaves))
-    return elements * program.tape.dtype.itemsize
+    return elements * program.dtype.itemsize

@@ -17,9 +17,16 @@ from transformer_lens.hook_points import HookPoint
 from vitdecomp_lens.capture import Captured, capture, changed_on_the_path, kept_bytes
 from vitdecomp_lens.components import By, Component, Point, TokenGrid
 from vitdecomp_lens.decomposition import Attribution, Coverage, Decomposition
-from vitdecomp_lens.errors import CapacityError, GapError, InputError, UnknownNameError, UnsupportedModelError, near_matches
+from vitdecomp_lens.errors import (
+    CapacityError,
+    GapError,
+    InputError,
+    UnknownNameError,
+    UnsupportedModelError,
+    near_matches,
+)
+from vitdecomp_lens.frozen.compiled import CompiledCut
 from vitdecomp_lens.frozen.graph import FrozenGraph, wide
-from vitdecomp_lens.frozen.program import Program
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.trace import Read, trace
 from vitdecomp_lens.frozen.walk import Cut
@@ -109,9 +116,7 @@ def decompose(
     if of == "embedding":
         norm = total.norm(dim=-1, keepdim=True)
         values, total = values / norm, total / norm
-    parts = Decomposition(
-        values, labels, total, complete=whole, coverage=reading.coverage, metadata=reading.metadata
-    )
+    parts = Decomposition(values, labels, total, complete=whole, coverage=reading.coverage, metadata=reading.metadata)
     parts = _without_idle_interventions(parts)
     return parts.check_gap() if whole else parts
 
@@ -250,7 +255,7 @@ class _Reading:
     changed: tuple[str, ...]
     graph: FrozenGraph
     cut: Cut
-    program: Program
+    program: CompiledCut
     directions: Tensor | None
     tokens: bool
 
@@ -306,9 +311,7 @@ class _Reading:
         return {"by": self.by, "of": of, "model": getattr(self.model, "cfg").model_name}  # noqa: B009
 
 
-def _read(
-    model: nn.Module, images: Any, by: By, of: Read, directions: Tensor | None, *, tokens: bool
-) -> _Reading:
+def _read(model: nn.Module, images: Any, by: By, of: Read, directions: Tensor | None, *, tokens: bool) -> _Reading:
     if not isinstance(model, Decomposable):
         raise UnsupportedModelError(
             f"Expected a model that says where its components are read, such as a HookedViT; got"
@@ -336,7 +339,9 @@ def _read(
 
 def _checked_directions(directions: Any, d_rep: int, images: Tensor) -> Tensor:
     if not isinstance(directions, Tensor) or not directions.is_floating_point():
-        raise InputError(f"Expected directions as a floating tensor [direction, {d_rep}]; got {type(directions).__name__}.")
+        raise InputError(
+            f"Expected directions as a floating tensor [direction, {d_rep}]; got {type(directions).__name__}."
+        )
     if directions.dim() != 2 or directions.shape[1] != d_rep or not len(directions):
         fix = "For one direction, pass directions[None]." if directions.dim() == 1 else "They may be of another space."
         raise InputError(f"Expected directions [direction, {d_rep}]; got {tuple(directions.shape)}. {fix}")
@@ -373,7 +378,7 @@ def _contributions(
     rows, everything = reading.rows(components), reading.everything
     program = reading.program
     _refuse_too_large(
-        (len(rows), len(reading.images), program.directions), program.tape.dtype, max_bytes, "component batch direction"
+        (len(rows), len(reading.images), program.directions), program.dtype, max_bytes, "component batch direction"
     )
     pieces, totals = [], []
     for _, captured in _runs(reading, batch_size):
@@ -410,9 +415,9 @@ class _TokenMaps:
         self.grid = reading.model.token_grid(reading.images)
         batch, count = len(reading.images), program.directions
         shape = (len(self.components), batch, len(self.grid), count)
-        _refuse_too_large(shape, program.tape.dtype, max_bytes, "component batch token direction")
+        _refuse_too_large(shape, program.dtype, max_bytes, "component batch token direction")
         # Not zeroed as a whole: nearly all of it is written once, and it is the largest tensor there is.
-        self.values = torch.empty(shape, dtype=program.tape.dtype, device=program.tape.device)
+        self.values = torch.empty(shape, dtype=program.dtype, device=program.device)
         self.untokened = torch.empty(len(self.others), batch, count, dtype=self.values.dtype, device=self.values.device)
         self.place = {component: row for row, component in enumerate(self.components)}
         for point in self.tokened:
@@ -430,7 +435,7 @@ class _TokenMaps:
             self._add_point(point, captured.kept[point.hook], weights, slice(first, first + batch))
         if self.others:
             self._add_others(captured, weights, slice(first, first + batch))
-        return captured.total.to(program.tape.dtype)
+        return captured.total.to(program.dtype)
 
     def _add_point(self, point: Point, kept: Tensor, weights: Mapping[int, Tensor], images: slice) -> None:
         mine = self.reading.components_of(point)
@@ -442,10 +447,10 @@ class _TokenMaps:
         shape = (split, *self.values[0, images, point.skipped_tokens :].shape)
         if places == list(range(places[0], places[0] + split)) and not self._sums_heads(point):
             target = self.values[places[0] : places[0] + split, images, point.skipped_tokens :]
-            program.by_token(point.hook, kept, weights, target)
+            program.by_token(point.hook, kept, weights, target, token_axis=point.token_axis or 1)
             return
         scratch = self.values.new_empty(shape)
-        program.by_token(point.hook, kept, weights, scratch)
+        program.by_token(point.hook, kept, weights, scratch, token_axis=point.token_axis or 1)
         if self._sums_heads(point):
             self.values[places[0], images, point.skipped_tokens :] += scratch.sum(0)
         else:
@@ -502,7 +507,9 @@ TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def _check_scores(
-    scores: Attribution | TokenAttribution, vectors: Float[Tensor, "batch d_rep"], directions: Float[Tensor, "direction d_rep"]
+    scores: Attribution | TokenAttribution,
+    vectors: Float[Tensor, "batch d_rep"],
+    directions: Float[Tensor, "direction d_rep"],
 ) -> None:
     """Check that scores sum to the total's, relative to ‖u‖‖z‖: a total near zero is no reason to doubt them.
 

@@ -39,6 +39,10 @@ class StoreError(VitDecompError):
     """A file that is damaged, half-written, or of another kind."""
 
 
+class VitDecompWarning(UserWarning):
+    """Something that works, but not as it might be expected to."""
+
+
 def near_matches(name: str, known: Iterable[str], *, most: int = 5) -> str:
     """Return a phrase with the known names nearest to ``name``.
 

@@ -10,7 +10,7 @@ at each input through which the operation is affine, and hands over what the ope
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.errors import CapacityError, InputError
 from vitdecomp_lens.frozen.pairs import NoFastPathError, Pairs, Tape, check_rank, reshape, settle
 from vitdecomp_lens.frozen.replay import inverse_deviation, inverse_root_mean_square, norm_dims
-from vitdecomp_lens.frozen.rules import SPLITS, argument, is_statistic, operation, sizes
+from vitdecomp_lens.frozen.rules import SPLITS, argument, aten, classify, operation, sizes
 from vitdecomp_lens.frozen.walk import module_path
 
 Passed = list[tuple[Node, Pairs]]
@@ -50,6 +50,8 @@ class Adjoint:
 
     def value(self, item: Any) -> Tensor:
         """A constant operand as a tensor: a node that does not depend on the images, or a number."""
+        if isinstance(item, Node) and item in self.live:
+            raise NoFastPathError(f"{operation(item)}, which depends on the images, stands where weights are expected")
         value = self.value_of(item) if isinstance(item, Node) else item
         return torch.as_tensor(value, dtype=self.tape.dtype, device=self.tape.device)
 
@@ -63,6 +65,8 @@ class Adjoint:
     def scaled(self, node: Node, pairs: Pairs, factor: Tensor) -> Pairs:
         """Pairs before a product with a constant."""
         factor = _aligned(factor, len(sizes(node)))
+        if factor.shape[pairs.batch] > 1:
+            raise NoFastPathError("a constant factor differs along the batch")
         varying = [d for d, n in enumerate(factor.shape) if n > 1]
         if all(pairs.owners[d] != "A" for d in varying):
             return replace(pairs, maps=pairs.maps * factor)
@@ -73,7 +77,7 @@ class Adjoint:
         """Pairs before a product with a frozen factor that differs from image to image."""
         shape = _aligned_shape(sizes(factor), len(sizes(node)))
         pairs = settle(pairs, self.tape, [d for d, n in enumerate(shape) if n > 1], "A")
-        static = tuple(-1 if d == 0 else n for d, n in enumerate(shape))
+        static = tuple(-1 if d == pairs.batch else n for d, n in enumerate(shape))
 
         def read(value: Tensor) -> Tensor:
             value = value.reshape(static)
@@ -101,11 +105,19 @@ def adjoint(*operations: str) -> Callable[[Rule], Rule]:
 
 
 def pass_back(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
-    """The pairs at the inputs of ``node``, from those at its output."""
+    """The pairs at the inputs of ``node``, from those at its output.
+
+    Raises:
+        NoFastPathError: If they cannot pass, naming the operation and the module that it is in.
+        CapacityError: If they would become too many, naming the same.
+    """
     found = ADJOINTS.get(operation(node))
-    if found is None:
-        raise NoFastPathError(f"{operation(node)} has no adjoint")
-    return found(node, pairs, on)
+    try:
+        if found is None:
+            raise NoFastPathError("it has no adjoint")
+        return found(node, pairs, on)
+    except (NoFastPathError, CapacityError) as error:
+        raise type(error)(f"{operation(node)} in {module_path(node) or 'the model itself'}: {error}") from error
 
 
 def _aligned_shape(shape: tuple[int, ...], dims: int) -> tuple[int, ...]:
@@ -126,7 +138,7 @@ def _input(node: Node) -> Node:
 
 
 @adjoint(
-    *(f"aten::{n}" for n in "alias contiguous clone dropout feature_dropout to _to_copy detach type_as".split()),
+    *aten("alias contiguous clone dropout feature_dropout to _to_copy detach type_as"),
     "aten::lift_fresh_copy",
     "vitdecomp_lens::tag",
 )
@@ -135,7 +147,7 @@ def nothing(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     return [(_input(node), pairs)]
 
 
-@adjoint(*(f"aten::{n}" for n in "view _unsafe_view reshape flatten unflatten squeeze unsqueeze view_as reshape_as".split()))
+@adjoint(*aten("view _unsafe_view reshape flatten unflatten squeeze unsqueeze view_as reshape_as"))
 def reshapes(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """Dimension groups are matched; see `reshape`."""
     source = _input(node)
@@ -194,7 +206,7 @@ def rolls(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
 @adjoint("aten::flip")
 def flips(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """Its own inverse."""
-    dims = [d % len(sizes(node)) for d in node.args[1]]  # type: ignore[union-attr]
+    dims = [d % len(sizes(node)) for d in argument(node, 1, "dims")]
     in_a, in_m = ([d for d in dims if pairs.owners[d] != other] for other in ("M", "A"))
     weights = on.tape.step(lambda a: a.flip([1 + d for d in in_a]), pairs.weights) if in_a else pairs.weights
     maps = pairs.maps.flip([2 + d for d in in_m]) if in_m else pairs.maps
@@ -235,11 +247,12 @@ def _with_dim(pairs: Pairs, tape: Tape, dim: int, owner: Literal["A", "M"] = "A"
 def selects(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """One entry of a dimension: zero elsewhere."""
     source = _input(node)
-    dim = node.args[1] % len(sizes(source))  # type: ignore[operator]
+    dim = argument(node, 1, "dim") % len(sizes(source))
     size = sizes(source)[dim]
-    index = node.args[2] % size  # type: ignore[operator]
-    # What lies before the batch is a group of channels (query, key or value); what lies behind it, a token.
-    owner: Literal["A", "M"] = "M" if dim <= pairs.batch else "A"
+    index = argument(node, 2, "index") % size
+    # What lies before the batch, or before heads, is a group of channels (query, key or value); else a token.
+    before_heads = dim < len(pairs.owners) and pairs.owners[dim] == "both"
+    owner: Literal["A", "M"] = "M" if dim <= pairs.batch or before_heads else "A"
     return [(source, _cut_out(_with_dim(pairs, on.tape, dim, owner), on.tape, dim, slice(index, index + 1), size))]
 
 
@@ -251,28 +264,31 @@ def slices(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     size = sizes(source)[dim]
     if sizes(source) == sizes(node):
         return [(source, pairs)]
-    first, last = argument(node, 2, "start", 0) or 0, argument(node, 3, "end", size)
+    first = argument(node, 2, "start", 0) or 0
     if operation(node) == "aten::narrow":
-        last = first + last
-    where = slice(*slice(first, last, argument(node, 4, "step", 1)).indices(size))
+        first %= size
+        where = slice(first, first + argument(node, 3, "length"))
+    else:
+        where = slice(*slice(first, argument(node, 3, "end", size), argument(node, 4, "step", 1)).indices(size))
     return [(source, _cut_out(pairs, on.tape, dim, where, size))]
 
 
 @adjoint("getitem")
 def takes_one_of_several(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """One output of a split or an unbind: its slice of what was split."""
-    several, number = node.args[0], node.args[1]
+    several, number = node.args[0], argument(node, 1, "index")
     assert isinstance(several, Node)
-    source = _input(several)
-    outputs = several.meta["val"]
-    default = 0 if operation(several) == "aten::unbind" else argument(several, 2, "dim", 0)
-    dim = (argument(several, 1, "dim", 0) if operation(several) == "aten::unbind" else default) % len(sizes(source))
+    if operation(several) not in SPLITS:
+        raise NoFastPathError(f"{operation(several)} has no adjoint")
+    source, outputs = _input(several), several.meta["val"]
+    place = 1 if operation(several) == "aten::unbind" else 2
+    dim = argument(several, place, "dim", 0) % len(sizes(source))
     if operation(several) == "aten::unbind":
         pairs, first, count = _with_dim(pairs, on.tape, dim, "M"), number, 1
     else:
-        first = sum(int(o.shape[dim]) for o in outputs[:number])  # type: ignore[misc]
+        first = sum(int(o.shape[dim]) for o in outputs[:number])
         count = int(outputs[number].shape[dim])
-    return [(source, _cut_out(pairs, on.tape, dim, slice(first, first + count), sizes(source)[dim]))]  # type: ignore[operator]
+    return [(source, _cut_out(pairs, on.tape, dim, slice(first, first + count), sizes(source)[dim]))]
 
 
 @adjoint("aten::cat", "aten::concat", "aten::stack")
@@ -334,7 +350,7 @@ def pads(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
 def adds(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """A sum passes to both sides; what does not depend on the images is a constant."""
     name, passed = operation(node), []
-    alpha = node.kwargs.get("alpha", 1)
+    alpha = argument(node, 2, "alpha", 1)
     signs = {"aten::add": (1, alpha), "aten::sub": (1, -alpha), "aten::rsub": (-alpha, 1)}[name]
     for part, sign in zip(node.args[:2], signs, strict=True):
         if isinstance(part, Node) and part in on.live:
@@ -438,8 +454,8 @@ def multiplies_matrices(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
         return [(left, _through_matrix(pairs, on.tape, matrix.t()))]
     if left not in on.live:
         raise NoFastPathError("a constant matrix from the left")
-    if len(sizes(node)) != 4:
-        raise NoFastPathError("a pattern whose heads are folded into the batch")
+    if len(sizes(node)) != 4 or sizes(left)[:2] != sizes(right)[:2]:
+        raise NoFastPathError("a pattern whose heads are folded into the batch, or shared")
     pattern = on.tape.leaf(left, "pattern", lambda p: p, on.tape.ones(*sizes(left)))
     return [(right, _through_pattern(node, pairs, on, lambda rows, p: p[:, :, rows], [pattern]))]
 
@@ -449,7 +465,8 @@ def attention(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """The pattern's rows, weighted by A: only for the queries that A reads."""
     query, key, value = node.args[:3]
     mask, causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
-    scale = node.kwargs.get("scale") or sizes(query)[-1] ** -0.5  # type: ignore[arg-type]
+    scale: Any = node.kwargs.get("scale")
+    scale = sizes(query)[-1] ** -0.5 if scale is None else scale  # type: ignore[arg-type]
     if len(sizes(node)) != 4 or causal or node.kwargs.get("enable_gqa", False):
         raise NoFastPathError("causal, grouped-query or three-dimensional attention")
     slots = [_leaf_or_constant(on, operand) for operand in (query, key)]
@@ -459,6 +476,7 @@ def attention(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     def rows_of(rows: Tensor, q: Tensor, k: Tensor, m: Tensor | None = None) -> Tensor:
         scores = (q[:, :, rows] * scale) @ k.transpose(-1, -2)
         if m is not None:
+            m = _repeated(m, scores)
             m = m[..., rows, :] if m.shape[-2] > 1 else m
             scores = scores.masked_fill(m == 0, -torch.inf) if boolean else scores + m
         return scores.softmax(-1)
@@ -470,8 +488,14 @@ def attention(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
 def _leaf_or_constant(on: Adjoint, operand: Any) -> int:
     if operand in on.live:
         return on.tape.leaf(operand, "operand", lambda v: v, on.tape.ones(*sizes(operand)))
-    value = on.value(operand)
+    value = _aligned(on.value(operand), 4)
     return on.tape.step(lambda: value)
+
+
+def _repeated(constant: Tensor, like: Tensor) -> Tensor:
+    """A constant that was made for one image, where windows are folded behind the batch: the same for each."""
+    windows = constant.shape[0]
+    return constant if windows in (1, like.shape[0]) else constant.repeat(like.shape[0] // windows, 1, 1, 1)
 
 
 MOST_ROWS_BYTES = 16 << 20  # the pattern is rebuilt in pieces of at most this size
@@ -505,17 +529,20 @@ def _through_pattern(
     return replace(pairs, weights=weights, owners=owners)  # type: ignore[arg-type]
 
 
-@adjoint("aten::conv2d", "aten::convolution")
+@adjoint("aten::conv2d")
 def convolution(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
-    """k × k positions of the kernel are k² pairs: each moves A by one offset and multiplies M by one matrix."""
+    """Each of the k × k taps of the kernel gives a pair: it moves A by one offset and multiplies M by one matrix."""
     source, weight, bias = _input(node), on.value(node.args[1]), argument(node, 2, "bias")
     if bias is not None:
         on.constant(on.name_of(bias), node, pairs, on.value(bias).reshape(-1, 1, 1))
-    stride, padding, dilation = (argument(node, 3 + i, name, default) for i, (name, default) in enumerate(_CONV_DEFAULTS))
-    groups = argument(node, 8 if operation(node) == "aten::convolution" else 6, "groups", 1)
-    if isinstance(padding, str) or weight.dim() != 4:
-        raise NoFastPathError("a convolution with padding by name, or not over two dimensions")
-    stride, padding, dilation = (list(v) * 2 if len(v) == 1 else list(v) for v in (stride, padding, dilation))
+    stride, padding, dilation = (
+        argument(node, 3 + i, name, default) for i, (name, default) in enumerate(_CONV_DEFAULTS)
+    )
+    groups = argument(node, 6, "groups", 1)
+    if pairs.batch != 0:
+        raise NoFastPathError("a convolution whose batch is not its first dimension")
+    stride, dilation = _twice(stride), _twice(dilation)
+    padding = _padding(padding, weight, dilation)
     pairs = settle(settle(pairs, on.tape, [2, 3], "A"), on.tape, [1], "M")
     taps = weight.shape[2] * weight.shape[3]
     check_rank(pairs.rank * taps)
@@ -531,6 +558,17 @@ def convolution(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
 
 
 _CONV_DEFAULTS = (("stride", [1, 1]), ("padding", [0, 0]), ("dilation", [1, 1]))
+
+
+def _twice(value: Sequence[int]) -> list[int]:
+    return list(value) * 2 if len(value) == 1 else list(value)
+
+
+def _padding(padding: Sequence[int] | str, weight: Tensor, dilation: Sequence[int]) -> list[int]:
+    """Rows above and columns to the left; what lies below and to the right shows in the sizes."""
+    if padding == "same":
+        return [d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    return [0, 0] if isinstance(padding, str) else _twice(padding)
 
 
 def _taps(weight: Tensor) -> list[tuple[int, int]]:
@@ -573,9 +611,8 @@ def scales(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
         return [(live[0], on.scaled(node, pairs, other.reciprocal() if divides else other))]
     assert isinstance(left, Node)
     assert isinstance(right, Node)
-    kept, factor = (left, right) if divides or is_statistic(right) or not is_statistic(left) else (right, left)
-    if not is_statistic(factor) and sizes(kept) != sizes(node):
-        kept, factor = factor, kept
+    kept = classify(node, on.live).through[0]
+    factor = right if kept is left else left
     while operation(factor) in ("aten::expand", "aten::expand_as"):
         factor = _input(factor)  # a copied statistic would seem to differ along the channels
     return [(kept, on.scaled_live(node, pairs, factor, inverse=divides))]
@@ -606,7 +643,9 @@ def layer_norm(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
         on.constant(on.name_of(bias), node, pairs, on.value(bias))
     maps = pairs.maps if weight is None else pairs.maps * on.value(weight)
     maps = maps - maps.mean(dims, keepdim=True)
-    return [(_input(node), _norm_statistic(node, replace(pairs, maps=maps), on, lambda x: inverse_deviation(x, dims, eps)))]
+    return [
+        (_input(node), _norm_statistic(node, replace(pairs, maps=maps), on, lambda x: inverse_deviation(x, dims, eps)))
+    ]
 
 
 @adjoint("aten::rms_norm")
@@ -619,10 +658,10 @@ def rms_norm(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     return [(_input(node), _norm_statistic(node, pairs, on, lambda x: inverse_root_mean_square(x, dims, eps)))]
 
 
-@adjoint("aten::batch_norm", "aten::_native_batch_norm_legit_no_training")
+@adjoint("aten::batch_norm")
 def batch_norm(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """In evaluation mode a constant scale and shift a channel."""
-    eps = node.args[7] if operation(node) == "aten::batch_norm" else node.args[6]
+    eps = node.args[7]
     weight, bias, mean, variance = (None if n is None else on.value(n) for n in node.args[1:5])
     assert mean is not None
     assert variance is not None

@@ -1,6 +1,7 @@
 """A traced module, frozen at an input: cuts, push, pull, and the slow replay that checks them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,11 +11,15 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from vitdecomp_lens.errors import IncompleteCutError, UnknownNameError, near_matches
-from vitdecomp_lens.frozen.program import Program, compile_cut
+from vitdecomp_lens.errors import CapacityError, IncompleteCutError, UnknownNameError, VitDecompWarning, near_matches
+from vitdecomp_lens.frozen.compiled import CompiledCut
+from vitdecomp_lens.frozen.pairs import NoFastPathError
+from vitdecomp_lens.frozen.program import compile_cut
 from vitdecomp_lens.frozen.replay import replayed
-from vitdecomp_lens.frozen.rules import operation, sizes
+from vitdecomp_lens.frozen.rules import depends, operation, sizes
+from vitdecomp_lens.frozen.slow import ReplayedCut
 from vitdecomp_lens.frozen.walk import Cut, module_path, walk
+
 
 @runtime_checkable
 class NamesParameters(Protocol):
@@ -55,8 +60,7 @@ class FrozenGraph:
         self.images = next(n for n in self.nodes if n.op == "placeholder" and n.name not in known)
         live = {self.images}
         for node in self.nodes:
-            # A size depends on the images' shape only.
-            if operation(node) != "aten::sym_size" and any(n in live for n in node.all_input_nodes):
+            if depends(node, live):
                 live.add(node)
         self.live = frozenset(live)
         self.points: dict[str, Node] = {n.args[1]: n for n in self.nodes if operation(n) == TAG}  # type: ignore[misc]
@@ -114,6 +118,8 @@ class FrozenGraph:
     def _run(self, node: Node, values: Mapping[Node, Any]) -> Any:
         if node.op == "placeholder":
             return self.weight(node)
+        if node.op == "get_attr":  # the body of a context
+            return getattr(self.owner.owning_module, str(node.target))
         if operation(node) == TAG:
             return values[node.args[0]]  # type: ignore[index]
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
@@ -160,8 +166,11 @@ class FrozenGraph:
         through: Sequence[str] = (),
         directions: Float[Tensor, "direction d_rep"] | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> Program:
+    ) -> CompiledCut:
         """The compiled cut; kept until a weight that it was made from changes.
+
+        Where pairs cannot pass an operation, or would become too many, it is compiled to a slow replay instead,
+        with a `VitDecompWarning` that names the operation.
 
         Args:
             cut: A complete cut.
@@ -172,8 +181,6 @@ class FrozenGraph:
 
         Raises:
             IncompleteCutError: If the output is not affine in the points of the cut.
-            NoFastPathError: If an operation on the way has no adjoint.
-            CapacityError: If there would be too many pairs.
         """
         check_complete(cut)
         splits = {name: (splits or {}).get(name) for name in (*cut.points, *through)}
@@ -186,7 +193,12 @@ class FrozenGraph:
         return kept.program
 
     def _compile(
-        self, cut: Cut, splits: Mapping[str, int | None], through: Sequence[str], directions: Tensor | None, dtype: torch.dtype
+        self,
+        cut: Cut,
+        splits: Mapping[str, int | None],
+        through: Sequence[str],
+        directions: Tensor | None,
+        dtype: torch.dtype,
     ) -> "_Compiled":
         weights: dict[Node, None] = {}
 
@@ -194,20 +206,31 @@ class FrozenGraph:
             weights.update(dict.fromkeys(self._behind(node)))
             return self._constant(node, read)
 
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        read = torch.eye(sizes(self.root)[-1], dtype=dtype, device=device) if directions is None else directions.to(dtype)
+        val = self.images.meta["val"]
+        read = (
+            torch.eye(sizes(self.root)[-1], dtype=dtype, device=val.device)
+            if directions is None
+            else directions.to(dtype)
+        )
+        read = read.detach()
         met = set(cut.order)
         nodes = {name: self.points[name] for name in through if self.points[name] in met}
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            program = compile_cut(
-                cut,
-                splits=splits,
-                through=nodes,
-                directions=read.detach(),
-                live=self.live,
-                value_of=value_of,
-                name_of=self.constant_name,
-            )
+        program: CompiledCut
+        try:
+            with torch.no_grad(), torch.autocast(val.device.type, enabled=False):
+                program = compile_cut(
+                    cut,
+                    splits=splits,
+                    through=nodes,
+                    directions=read,
+                    live=self.live,
+                    value_of=value_of,
+                    name_of=self.constant_name,
+                )
+        except (NoFastPathError, CapacityError) as error:
+            _warn_of_the_slow_way(error)
+            weights.clear()  # a replay reads them anew each time
+            program = ReplayedCut(cut, splits=splits, through=nodes, directions=read, live=self.live)
         state = self._state(list(weights))
         return _Compiled(program, list(weights), state, None if directions is None else directions.detach().clone())
 
@@ -244,7 +267,7 @@ class FrozenGraph:
         moving = {node: sources.get(name, torch.zeros_like(recorded[node])) for name, node in cut.points.items()}
         for node in reversed(cut.order):
             if node not in moving:
-                moving[node] = replayed(node, cut.through[node][0], moving, recorded)
+                moving[node] = replayed(node, cut.through[node], moving, recorded)
         return moving[cut.root]
 
     def push(self, cut: Cut, images: Float[Tensor, "batch channel height width"]) -> dict[str, Tensor]:
@@ -256,7 +279,10 @@ class FrozenGraph:
         return self._through_program(cut, images, None)
 
     def pull(
-        self, cut: Cut, images: Float[Tensor, "batch channel height width"], directions: Float[Tensor, "direction d_rep"]
+        self,
+        cut: Cut,
+        images: Float[Tensor, "batch channel height width"],
+        directions: Float[Tensor, "direction d_rep"],
     ) -> dict[str, Tensor]:
         """The score ⟨u, contribution⟩ of each point and constant, ``[batch, direction]``, without the vectors."""
         return self._through_program(cut, images, directions)
@@ -274,7 +300,7 @@ class FrozenGraph:
 
 @dataclass
 class _Compiled:
-    program: Program
+    program: CompiledCut
     weights: list[Node]
     state: tuple[Any, ...]
     directions: Tensor | None
@@ -292,6 +318,14 @@ class _Compiled:
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def _warn_of_the_slow_way(error: Exception) -> None:
+    message = (
+        f"{error}. The slow replay takes its place: exact, but one derivative for each direction, and all constants"
+        " are one component. To be fast, cut nearer to the output."
+    )
+    warnings.warn(message, VitDecompWarning, stacklevel=4)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which contributions of values of ``dtype`` are computed: at least float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
@@ -307,8 +341,6 @@ def check_complete(cut: Cut) -> None:
         places = "\n  ".join(map(str, cut.missing[:10]))
         more = f"\n  and {len(cut.missing) - 10} more" if len(cut.missing) > 10 else ""
         raise IncompleteCutError(
-            f"The cut must meet every path from the output before a nonlinearity or the images; it misses\n  {places}{more}\n"
-            "Add points in front of these, or take the default cut."
+            "The cut must meet every path from the output before a nonlinearity or the images; it misses"
+            f"\n  {places}{more}\nAdd points in front of these, or take the default cut."
         )
-
-

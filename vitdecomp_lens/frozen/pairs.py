@@ -65,7 +65,8 @@ class Tape:
     """A little program for the weights A, recorded once and run for each batch.
 
     A slot is either a leaf, a function of one node's value, or a step, a function of earlier slots. While it
-    is recorded every slot has an example, computed from ones: its zeros are the tokens that no path reads.
+    is recorded every slot has an example, computed from arbitrary leaves: its zeros are the tokens that no path
+    reads. (Leaves of ones would show more zeros, where equal weights cancel.)
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -75,6 +76,7 @@ class Tape:
         self._leaves: dict[int, Node] = {}
         self._leaf_slots: dict[tuple[Node, str], int] = {}
         self._batch = -1
+        self._generator = torch.Generator().manual_seed(0)
         self._after_batch: tuple[int, ...] = ()
 
     def ones(self, *size: int) -> Tensor:
@@ -90,9 +92,13 @@ class Tape:
     def leaf(self, node: Node, what: str, read: Callable[[Tensor], Tensor], example: Tensor) -> int:
         """The slot of ``read(value of node)``; ``what`` tells different readings of a node apart."""
         if (node, what) not in self._leaf_slots:
-            slot = self._leaf_slots[node, what] = self._add(example, read, ())
+            slot = self._leaf_slots[node, what] = self._add(example * self._arbitrary(example.shape), read, ())
             self._leaves[slot] = node
         return self._leaf_slots[node, what]
+
+    def _arbitrary(self, shape: Sequence[int]) -> Tensor:
+        values = torch.rand(shape, generator=self._generator, dtype=self.dtype) + 0.5
+        return values.to(self.device)
 
     def step(self, function: Callable[..., Tensor], *slots: int) -> int:
         """The slot of ``function(values of slots)``."""
@@ -145,8 +151,8 @@ def check_rank(rank: int) -> None:
     """
     if rank > MOST_PAIRS:
         raise CapacityError(
-            f"The structured adjoint would need {rank} pairs, more than {MOST_PAIRS}: an operation mixes channels"
-            " with positions too finely. Cut behind it (name a hook nearer to the output), or use the slow replay."
+            f"the structured adjoint would need {rank} pairs, more than {MOST_PAIRS}, because channels and positions"
+            " are mixed too finely"
         )
 
 
@@ -154,7 +160,9 @@ def demote(pairs: Pairs, tape: Tape, dim: int) -> Pairs:
     """Give a dimension of M to A: each of its ``j`` slices of M becomes a pair of its own, r → r·j."""
     j, dims = pairs.maps.shape[2 + dim], len(pairs.owners)
     check_rank(pairs.rank * j)
-    mask = torch.eye(j, dtype=tape.dtype, device=tape.device).reshape([1, j] + [j if d == dim else 1 for d in range(dims)])
+    mask = torch.eye(j, dtype=tape.dtype, device=tape.device).reshape(
+        [1, j] + [j if d == dim else 1 for d in range(dims)]
+    )
     weights = tape.step(lambda a: (a.unsqueeze(1) * mask).flatten(0, 1), pairs.weights)
     maps = pairs.maps.movedim(2 + dim, 1).unsqueeze(3 + dim).flatten(0, 1)
     return replace(pairs, weights=weights, maps=maps, owners=_with(pairs.owners, dim, "A"))

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from vitdecomp_lens.frozen.adjoints import Adjoint, pass_back
-from vitdecomp_lens.frozen.pairs import NoFastPathError, Pairs, Tape, spread
+from vitdecomp_lens.frozen.compiled import CompiledCut
+from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, spread
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
 
@@ -58,30 +59,28 @@ class Shifted:
     batch: int
 
 
-class Program:
-    """What a cut writes along given directions. Made by `compile_cut`."""
+class Program(CompiledCut):
+    """What a cut writes along given directions, by pairs. Made by `compile_cut`."""
 
     def __init__(self, terms: dict[str, list[Term]], shifts: list[Shifted], tape: Tape, directions: int) -> None:
         self.terms, self.shifts, self.directions = terms, shifts, directions
         slots = [term.weights for several in terms.values() for term in several] + [s.weights for s in shifts]
-        self.tape = tape
+        self.tape, self.dtype, self.device = tape, tape.dtype, tape.device
+        self.points = tuple(terms)
+        self.constants = tuple(dict.fromkeys(shift.name for shift in shifts))
         self.slots, self.leaves = tape.needed(slots)
         tape.forget_examples()
 
-    @property
-    def constants(self) -> tuple[str, ...]:
-        """Names of the constants, each once."""
-        return tuple(dict.fromkeys(shift.name for shift in self.shifts))
-
     def keep(self, point: str, value: Tensor) -> Tensor:
         """The part of a point's value that some path reads; small parts are copied so that the rest is freed."""
-        rows = self._rows(point)
+        rows = self.kept_rows(point)
         if rows is None:
             return value
         dim, first, count = rows
         return value.narrow(dim, first, count).clone()
 
-    def _rows(self, point: str) -> tuple[int, int, int] | None:
+    def kept_rows(self, point: str) -> tuple[int, int, int] | None:
+        """The rows that its only term reads; all where there are several."""
         terms = self.terms[point]
         return terms[0].rows if len(terms) == 1 else None
 
@@ -103,7 +102,7 @@ class Program:
         waiting: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
         for point in points:
             for term in self.terms[point]:
-                sums = self._summed(term, self._rows(point), kept[point], weights[term.weights], batch)
+                sums = self._summed(term, self.kept_rows(point), kept[point], weights[term.weights], batch)
                 if term.split is None:  # many points share one M: one product for all of them
                     waiting.setdefault(term.maps_number, []).append((point, sums[0], term.maps[0]))
                 else:
@@ -127,11 +126,9 @@ class Program:
             sums = rearrange(flat, "b r (s c) -> s b r c", s=x.shape[2])
         return sums.flatten(2)
 
-    def shifted(
-        self, weights: Mapping[int, Tensor], batch: int
-    ) -> Float[Tensor, "constant batch direction"]:
+    def shifted(self, weights: Mapping[int, Tensor], batch: int) -> Float[Tensor, "constant batch direction"]:
         """What each constant writes along each direction."""
-        found = {name: 0 for name in self.constants}
+        found = dict.fromkeys(self.constants, 0)
         for shift in self.shifts:
             a = weights[shift.weights].movedim(1 + shift.batch, 1).flatten(2)
             a = a.unflatten(1, (batch, -1)).sum(2)  # windows that are folded behind the batch share the constant
@@ -142,10 +139,16 @@ class Program:
         return torch.stack(list(found.values()))  # type: ignore[arg-type]
 
     def by_token(
-        self, point: str, kept: Tensor, weights: Mapping[int, Tensor], out: Float[Tensor, "split batch token direction"]
+        self,
+        point: str,
+        kept: Tensor,
+        weights: Mapping[int, Tensor],
+        out: Float[Tensor, "split batch token direction"],
+        *,
+        token_axis: int = 1,
     ) -> None:
-        """Write what a point writes from each of its tokens along each direction into ``out``."""
-        batch, rows = out.shape[1], self._rows(point)
+        """The sums of `contributions`, left apart by token; tokens are what A owns, wherever ``token_axis`` is."""
+        batch, rows = out.shape[1], self.kept_rows(point)
         target = out
         if rows is not None:
             target = out.zero_().narrow(2, rows[1], rows[2])
@@ -239,8 +242,9 @@ def _start(root: Node, tape: Tape, directions: Float[Tensor, "direction d_rep"])
     """One pair at the output ``[batch, 1, ..., d_rep]``: A is one, M the directions."""
     shape = sizes(root)
     between = (1,) * (len(shape) - 1)
+    owners: list[Owner] = ["A"] * len(between)
     maps = directions.reshape(1, directions.shape[0], *between, shape[-1])
-    return Pairs(tape.start(shape[0], len(shape)), maps, ("A",) * len(between) + ("M",))
+    return Pairs(tape.start(shape[0], len(shape)), maps, (*owners, "M"))
 
 
 def _merge(known: list[Pairs], pairs: Pairs, tape: Tape) -> None:
@@ -267,7 +271,9 @@ def _term(node: Node, pairs: Pairs, split: int | None, tape: Tape, laid_out: _La
     key = (*pairs.key, split, m_dims)
     if key not in laid_out:
         order = (split,) if split is not None else ()
-        maps = pairs.maps.permute(*(2 + d for d in order), 0, *(2 + d for d in m_dims), 1, 2 + pairs.batch, *(2 + d for d in a_dims))
+        maps = pairs.maps.permute(
+            *(2 + d for d in order), 0, *(2 + d for d in m_dims), 1, 2 + pairs.batch, *(2 + d for d in a_dims)
+        )
         whole = maps.reshape(maps.shape[0] if order else 1, -1, pairs.maps.shape[1])
         if split is not None and whole.shape[0] == 1:
             whole = whole.expand(sizes(node)[split], -1, -1)
@@ -276,9 +282,7 @@ def _term(node: Node, pairs: Pairs, split: int | None, tape: Tape, laid_out: _La
     number, _, maps = laid_out[key]
     order = (pairs.batch, *a_dims, *(() if split is None else (split,)), *m_dims)
     rows = _rows(tape.examples[pairs.weights], pairs.batch, a_dims, sizes(node))
-    return Term(
-        pairs.weights, order, pairs.batch, a_dims, split, split_in_a, maps, pairs.rank, rows, number
-    )
+    return Term(pairs.weights, order, pairs.batch, a_dims, split, split_in_a, maps, pairs.rank, rows, number)
 
 
 def _rows(a: Tensor, batch: int, a_dims: Sequence[int], shape: tuple[int, ...]) -> tuple[int, int, int] | None:

@@ -4,7 +4,7 @@ An operation on the path is replayed on the values that arrive, with everything 
 run: the other factor of a product by the recorded value, 1/σ and the arg-max from the recorded input.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,29 +18,46 @@ Replay = Callable[[Node, Tensor, Tensor, Callable[[Any], Any]], Tensor]
 REPLAYS: dict[str, Replay] = {}
 
 
-def replay(name: str) -> Callable[[Replay], Replay]:
-    """Register how an operation is replayed where running it again would unfreeze it."""
+def replay(*names: str) -> Callable[[Replay], Replay]:
+    """Register how operations are replayed where running them again would unfreeze them."""
 
     def register(function: Replay) -> Replay:
-        REPLAYS[name] = function
+        REPLAYS.update(dict.fromkeys(names, function))
         return function
 
     return register
 
 
-def replayed(node: Node, through: Node, moving: Mapping[Node, Tensor], recorded: Mapping[Node, Any]) -> Any:
-    """The value of one frozen operation: ``moving`` where given, everything else as ``recorded``."""
+# What keeps values as they are. Run again, a change of dtype would round and a detach would stop derivatives.
+_KEEPS_VALUES = frozenset({"aten::to", "aten::_to_copy", "aten::type_as", "aten::detach", "vitdecomp_lens::tag"})
+
+
+def replayed(node: Node, through: Sequence[Node], moving: Mapping[Node, Tensor], recorded: Mapping[Node, Any]) -> Any:
+    """The value of one frozen operation: ``moving`` at ``through``, everything else as ``recorded``.
+
+    An input may be on the path elsewhere and yet be frozen here, such as a gate that is also added.
+    """
 
     def value(item: Any) -> Any:
-        return map_arg(item, lambda n: moving.get(n, recorded.get(n)))
+        return map_arg(item, lambda n: moving[n] if n in through else recorded[n])
 
-    special = REPLAYS.get(operation(node))
-    if special is not None:
-        return special(node, moving[through], recorded[through], value)
-    if operation(node) == "getitem" and isinstance(node.args[0], Node) and operation(node.args[0]) in SPLITS:
-        several = node.args[0]
+    name = operation(node)
+    if name in _KEEPS_VALUES:
+        return moving[through[0]]
+    several = node.args[0] if name == "getitem" else None
+    if isinstance(several, Node) and operation(several) in SPLITS:
         return several.target(*value(several.args), **value(several.kwargs))[node.args[1]]  # type: ignore[operator]
+    special = REPLAYS.get(name if several is None else operation(several))  # type: ignore[arg-type]
+    if special is not None:
+        frozen = node if several is None else several
+        return special(frozen, moving[through[0]], recorded.get(through[0]), value)  # type: ignore[arg-type]
     return node.target(*value(node.args), **value(node.kwargs))  # type: ignore[operator]
+
+
+def needs_the_recorded_input(node: Node) -> bool:
+    """Whether `replayed` looks at the recorded value of what the operation is passed through."""
+    name = operation(node.args[0]) if operation(node) == "getitem" else operation(node)  # type: ignore[arg-type]
+    return name in REPLAYS and name not in _MERE_RESHAPES
 
 
 def inverse_deviation(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -84,7 +101,7 @@ def rms_norm(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any]) -
 @replay("aten::group_norm")
 def group_norm(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any]) -> Tensor:
     """LayerNorm over the channels and positions of each group."""
-    groups, eps = node.args[1], argument(node, 4, "eps", 1e-5)
+    groups, eps = argument(node, 1, "num_groups"), argument(node, 4, "eps", 1e-5)
     split = (x.shape[0], groups, -1)
     inverse = inverse_deviation(seen.reshape(split), (-1,), eps)
     moved = x.reshape(split)
@@ -94,19 +111,30 @@ def group_norm(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any])
     return _affine(y, *(None if p is None else p.reshape(per_channel) for p in (weight, bias)))
 
 
-@replay("aten::max_pool2d")
+@replay("aten::max_pool2d", "aten::max_pool2d_with_indices")
 def max_pool2d(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any]) -> Tensor:
     """The entries that were largest in ``seen``."""
     settings = [value(a) for a in node.args[1:]]
-    pooled, chosen = torch.nn.functional.max_pool2d(seen, *settings, return_indices=True)  # type: ignore[misc]
-    return x.flatten(2).gather(2, chosen.flatten(2)).reshape(pooled.shape)
+    return _picked(x, *torch.ops.aten.max_pool2d_with_indices(seen, *settings))
 
 
 @replay("aten::adaptive_max_pool2d")
 def adaptive_max_pool2d(node: Node, x: Tensor, seen: Tensor, value: Callable[[Any], Any]) -> Tensor:
     """The entries that were largest in ``seen``."""
-    pooled, chosen = torch.nn.functional.adaptive_max_pool2d(seen, node.args[1], return_indices=True)  # type: ignore[arg-type]
-    return x.flatten(2).gather(2, chosen.flatten(2)).reshape(pooled.shape)
+    return _picked(x, *torch.ops.aten.adaptive_max_pool2d(seen, node.args[1]))
+
+
+def _picked(x: Tensor, pooled: Tensor, places: Tensor) -> Tensor:
+    return x.flatten(2).gather(2, places.flatten(2)).reshape(pooled.shape)
+
+
+_MERE_RESHAPES = frozenset({"aten::view", "aten::_unsafe_view"})
+
+
+@replay(*_MERE_RESHAPES)
+def view(node: Node, x: Tensor, seen: Tensor | None, value: Callable[[Any], Any]) -> Tensor:
+    """A reshape: what is replayed may lie otherwise in memory than what was recorded."""
+    return x.reshape(value(argument(node, 1, "size")))
 
 
 @replay("aten::amax")

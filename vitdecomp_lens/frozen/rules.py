@@ -27,6 +27,7 @@ and returns a `Passage`::
 An operation without a rule is a source, and every walk that meets it reports it as unknown.
 """
 
+import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -75,6 +76,15 @@ def rule(*operations: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def aten(names: str) -> list[str]:
+    """Full names of several operations.
+
+    >>> aten("view roll")
+    ['aten::view', 'aten::roll']
+    """
+    return [f"aten::{name}" for name in names.split()]
+
+
 def operation(node: Node) -> str:
     """The name of a node's operation: ``aten::linear``, ``getitem``, or the kind of node."""
     if node.op != "call_function":
@@ -99,6 +109,23 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+# The value is the first argument's; the second only lends its shape or its dtype.
+_VALUES_OF_THE_FIRST = frozenset(aten("expand_as view_as reshape_as type_as to"))
+_SHAPES_ONLY = frozenset(
+    aten("sym_size zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty")
+)
+
+
+def depends(node: Node, live: Container[Node]) -> bool:
+    """Whether a value depends on the images, not only on their shape, given which of its inputs do."""
+    name = operation(node)
+    if name in _SHAPES_ONLY:
+        return False
+    if name in _VALUES_OF_THE_FIRST:
+        return node.args[0] in live
+    return any(n in live for n in node.all_input_nodes)
+
+
 def _live_inputs(node: Node, live: Container[Node]) -> tuple[Node, ...]:
     return tuple(dict.fromkeys(n for n in node.all_input_nodes if n in live))
 
@@ -107,22 +134,32 @@ def _live_inputs(node: Node, live: Container[Node]) -> tuple[Node, ...]:
 
 
 @rule(
-    *(
-        f"aten::{name}"
-        for name in (
-            "view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T movedim swapaxes"
-            " expand expand_as view_as reshape_as repeat alias contiguous clone detach lift_fresh_copy to _to_copy type_as"
-            " dropout feature_dropout native_dropout"
-            " slice select narrow index roll flip pad constant_pad_nd unfold im2col col2im pixel_shuffle pixel_unshuffle"
-            " mean sum avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d"
-            " upsample_bilinear2d upsample_bicubic2d upsample_nearest2d neg"
-        ).split()
+    *aten(
+        "view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T movedim swapaxes"
+        " expand expand_as view_as reshape_as repeat alias contiguous clone detach lift_fresh_copy to _to_copy type_as"
+        " slice select narrow roll flip pad constant_pad_nd unfold im2col col2im pixel_shuffle pixel_unshuffle"
+        " mean sum avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d"
+        " upsample_bilinear2d upsample_bicubic2d upsample_nearest2d neg"
     ),
     "vitdecomp_lens::tag",
 )
 def moves_or_averages(node: Node, live: Container[Node]) -> Passage:
     """Operations that move, copy or average entries of their first argument."""
     return Passage("linear", (node.args[0],))  # type: ignore[arg-type]
+
+
+@rule("aten::dropout", "aten::feature_dropout")
+def dropout(node: Node, live: Container[Node]) -> Passage:
+    """The identity in evaluation mode; active dropout is random."""
+    active = argument(node, 2, "train", False) and argument(node, 1, "p", 0.5) > 0
+    return SOURCE if active else Passage("linear", (node.args[0],))  # type: ignore[arg-type]
+
+
+@rule("aten::index")
+def picks(node: Node, live: Container[Node]) -> Passage:
+    """Entries at constant places; places that depend on the images are a choice, not a linear map."""
+    inputs = _live_inputs(node, live)
+    return Passage("linear", inputs) if inputs == (node.args[0],) else SOURCE
 
 
 @rule("aten::add", "aten::sub", "aten::rsub", "aten::cat", "aten::concat", "aten::stack")
@@ -133,33 +170,38 @@ def joins(node: Node, live: Container[Node]) -> Passage:
 
 @rule("getitem")
 def takes_one_of_several(node: Node, live: Container[Node]) -> Passage:
-    """One output of a split goes on to what was split."""
+    """One output of a split goes on to what was split, the values of a max-pool to what was pooled."""
     several = node.args[0]
-    if isinstance(several, Node) and operation(several) in SPLITS:
+    assert isinstance(several, Node)
+    if operation(several) in SPLITS:
         return Passage("linear", (several.args[0],))  # type: ignore[arg-type]
-    return Passage("source", known=False)
+    if operation(several) in POOLS_WITH_PLACES and node.args[1] == 0:
+        return Passage("gate", (several.args[0],))  # type: ignore[arg-type]
+    return Passage("source", known=operation(several) in RULES)
 
 
+POOLS_WITH_PLACES = frozenset({"aten::adaptive_max_pool2d", "aten::max_pool2d_with_indices"})
 SPLITS = frozenset({"aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::tensor_split"})
 
 
-@rule(*SPLITS)
-def splits(node: Node, live: Container[Node]) -> Passage:
-    """A split itself; walks pass it by way of ``getitem``."""
-    return Passage("linear", (node.args[0],))  # type: ignore[arg-type]
+@rule(*SPLITS, *POOLS_WITH_PLACES)
+def several_at_once(node: Node, live: Container[Node]) -> Passage:
+    """What gives several outputs is passed by way of ``getitem``; a walk never meets it itself."""
+    return SOURCE
 
 
-@rule("aten::linear", "aten::addmm", "aten::conv1d", "aten::conv2d", "aten::convolution", "aten::baddbmm")
+@rule("aten::linear", "aten::addmm", "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::baddbmm")
 def weighs(node: Node, live: Container[Node]) -> Passage:
     """Products with weights, where only the data depends on the images."""
     inputs = _live_inputs(node, live)
     return Passage("linear", inputs) if len(inputs) == 1 else SOURCE
 
 
-@rule("aten::batch_norm", "aten::_native_batch_norm_legit_no_training")
+@rule("aten::batch_norm")
 def batch_norm(node: Node, live: Container[Node]) -> Passage:
-    """Affine in evaluation mode; models in training mode are not traced."""
-    return Passage("linear", (node.args[0],))  # type: ignore[arg-type]
+    """Affine with running statistics; with those of the batch it mixes images."""
+    uses_the_batch = node.args[5]
+    return SOURCE if uses_the_batch else Passage("linear", (node.args[0],))  # type: ignore[arg-type]
 
 
 # --- normalisers ------------------------------------------------------------------------------------------
@@ -171,18 +213,24 @@ def norm(node: Node, live: Container[Node]) -> Passage:
     return Passage("normaliser", (node.args[0],))  # type: ignore[arg-type]
 
 
-STATISTICS = frozenset({"aten::rsqrt", "aten::sqrt", "aten::linalg_vector_norm", "aten::norm", "aten::var", "aten::std"})
+STATISTICS = frozenset(
+    {"aten::rsqrt", "aten::sqrt", "aten::linalg_vector_norm", "aten::norm", "aten::var", "aten::std"}
+)
 KEEPS_A_STATISTIC = frozenset(
-    f"aten::{name}"
-    for name in "expand expand_as clamp_min clamp add unsqueeze reciprocal to _to_copy view reshape alias clone".split()
+    aten("expand expand_as clamp_min clamp add unsqueeze reciprocal to _to_copy view reshape alias clone")
 ) | {"vitdecomp_lens::tag"}
 
 
-def is_statistic(node: Any) -> bool:
-    """Whether a value is a norm or a standard deviation, or its inverse."""
+def is_statistic(node: Any, kept: Any) -> bool:
+    """Whether a value is a norm or a standard deviation of several entries of ``kept``, or its inverse.
+
+    Several: a root of every single entry is a nonlinearity like any other.
+    """
     while isinstance(node, Node) and operation(node) in KEEPS_A_STATISTIC:
         node = node.args[0]
-    return isinstance(node, Node) and operation(node) in STATISTICS
+    if not isinstance(node, Node) or operation(node) not in STATISTICS:
+        return False
+    return math.prod(sizes(node)) < math.prod(sizes(kept))
 
 
 def is_gate(factor: Any, kept: Any) -> bool:
@@ -210,10 +258,10 @@ def scales(node: Node, live: Container[Node]) -> Passage:
     inputs = _live_inputs(node, live)
     divides = operation(node) == "aten::div"
     if len(inputs) == 1:
-        linear = left is not right and (inputs[0] is left or not divides)
+        linear = left is not right and (inputs[0] is left or not divides) and not node.kwargs.get("rounding_mode")
         return Passage("linear", inputs) if linear else SOURCE
     for kept, factor in ((left, right),) if divides else ((left, right), (right, left)):
-        if is_statistic(factor):
+        if is_statistic(factor, kept):
             return Passage("normaliser", (kept,))  # type: ignore[arg-type]
         broadcast = sizes(kept) == sizes(node) != sizes(factor)  # type: ignore[arg-type]
         if not divides and (broadcast or is_gate(factor, kept)):
@@ -236,9 +284,7 @@ def attention(node: Node, live: Container[Node]) -> Passage:
     return Passage("pattern", (node.args[2],))  # type: ignore[arg-type]
 
 
-KEEPS_A_PATTERN = KEEPS_A_STATISTIC | {
-    f"aten::{name}" for name in "dropout mul sub select slice permute transpose contiguous".split()
-}
+KEEPS_A_PATTERN = KEEPS_A_STATISTIC | frozenset(aten("dropout mul sub select slice permute transpose contiguous"))
 
 
 def is_pattern(node: Any) -> bool:
@@ -251,21 +297,18 @@ def is_pattern(node: Any) -> bool:
 # --- gates and sources ---------------------------------------------------------------------------------------
 
 
-@rule("aten::max_pool2d", "aten::adaptive_max_pool2d", "aten::amax")
+@rule("aten::max_pool2d", "aten::amax")
 def max_pool(node: Node, live: Container[Node]) -> Passage:
     """Picks entries; which ones is frozen."""
     return Passage("gate", (node.args[0],))  # type: ignore[arg-type]
 
 
 @rule(
-    *(
-        f"aten::{name}"
-        for name in (
-            "gelu silu relu relu6 leaky_relu elu celu selu mish hardswish hardsigmoid hardtanh sigmoid log_sigmoid tanh"
-            " softplus softmax _softmax log_softmax exp log erf erfc sin cos pow square sqrt rsqrt reciprocal abs clamp"
-            " clamp_min clamp_max minimum maximum amin max min var std linalg_vector_norm norm prod cumsum"
-            " masked_fill where einsum prelu rrelu glu"
-        ).split()
+    *aten(
+        "gelu silu relu relu6 leaky_relu elu celu selu mish hardswish hardsigmoid hardtanh sigmoid log_sigmoid tanh"
+        " softplus softmax _softmax log_softmax exp log erf erfc sin cos pow square sqrt rsqrt reciprocal abs clamp"
+        " clamp_min clamp_max minimum maximum amin max min var std linalg_vector_norm norm prod cumsum"
+        " masked_fill where einsum prelu rrelu glu"
     )
 )
 def bends(node: Node, live: Container[Node]) -> Passage:

@@ -1,12 +1,10 @@
 """From a module to its graph: export once, name what the hooks name, keep it as long as it is true."""
 
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FunctionType, MethodType
+from dataclasses import dataclass, field, is_dataclass
+from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,8 @@ from transformer_lens.hook_points import HookPoint
 
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, near_matches
 from vitdecomp_lens.frozen.graph import FrozenGraph
-from vitdecomp_lens.frozen.rules import operation
+from vitdecomp_lens.frozen.rules import SPLITS, operation
+from vitdecomp_lens.frozen.walk import module_path
 from vitdecomp_lens.points import LazyHookPoint, hook_points, on_the_path
 
 Read = str | Callable[[nn.Module, Tensor], Tensor]
@@ -41,7 +40,7 @@ def trace(
 
     The batch dimension stays free. Every TransformerLens hook point that the run passes keeps its name. The
     graph is kept and used again until something that it depends on changes: image shape, dtype, device,
-    the module's submodules and settings, which lazy hook points are hooked, and ``of``. Weights are not part
+    the module's submodules, hooks and attributes, which lazy hook points are hooked, and ``of``. Weights are not part
     of it: they are read from the module at each use.
 
     Args:
@@ -69,56 +68,109 @@ def trace(
             " fixed; it is in training mode. Call .eval() on it first."
         )
     points = on_the_path(hook_points(module), listened)
-    key = (tuple(images.shape[1:]), images.dtype, images.device, of, frozenset(n for n, p in points.items() if isinstance(p, LazyHookPoint)), _settings(module))
-    kept = _TRACES.setdefault(module, {})
-    wiring = _wiring(module)
-    entry = kept.get(key)
-    if entry is None or not _same(entry.wiring, wiring):
-        graph = _export(module, images, of, points)
-        entry = kept[key] = _Kept(graph, wiring)
-        while len(kept) > MOST_KEPT:
-            kept.pop(next(iter(kept)))
-    return entry.graph
+    lazy = frozenset(name for name, point in points.items() if isinstance(point, LazyHookPoint))
+    key = (tuple(images.shape[1:]), images.dtype, images.device, of, lazy)
+    kept, state = _traces_of(module), _state(module)
+    for entry in kept:
+        if entry.key == key and _same(entry.state, state):
+            return entry.graph
+    graph = _export(module, images, of, points)
+    kept.append(_Kept(key, state, graph))
+    del kept[:-MOST_KEPT]
+    return graph
 
+
+# --- what is kept -------------------------------------------------------------------------------------------
 
 MOST_KEPT = 16  # traces a module; each is a graph without weights
 
 
 @dataclass
 class _Kept:
+    key: tuple[Any, ...]
+    state: list[Any] = field(repr=False)
     graph: FrozenGraph
-    wiring: list[nn.Module] = field(repr=False)
 
 
-_TRACES: WeakKeyDictionary[nn.Module, dict[Any, _Kept]] = WeakKeyDictionary()
+class _Traces(list[_Kept]):
+    """Traces, kept on the module itself: both refer to each other, and go together.
+
+    A copied or pickled module starts without any.
+    """
+
+    def __deepcopy__(self, memo: Any) -> "_Traces":
+        return _Traces()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return list, ()
 
 
-def _wiring(module: nn.Module) -> list[nn.Module]:
-    # The modules themselves, not their ids: an id is given again once its owner is gone.
-    return [child for child in module.modules() if child is not module and not isinstance(child, HookPoint)]
+_ATTRIBUTE = "_vitdecomp_lens_traces"
 
 
-def _same(kept: list[nn.Module], now: list[nn.Module]) -> bool:
-    return len(kept) == len(now) and all(map(operator.is_, kept, now))
+def _traces_of(module: nn.Module) -> _Traces:
+    kept = module.__dict__.get(_ATTRIBUTE)
+    if not isinstance(kept, _Traces):
+        kept = module.__dict__[_ATTRIBUTE] = _Traces()
+    return kept
 
 
-_PLAIN = (bool, int, float, str, type(None), FunctionType, MethodType)
+# The last two are TransformerLens' book-keeping while hooks are on.
+_STEERS_NOTHING = frozenset(nn.Module().__dict__) - {"training"} | {_ATTRIBUTE, "context_level", "is_caching"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
-def _settings(module: nn.Module) -> int:
-    """A fingerprint of the plain attributes that steer a forward (numbers of heads, fused or not, ...)."""
-    found = []
+def _state(module: nn.Module) -> list[Any]:
+    """All that steers a forward besides weights: modules, their hooks, and attributes (heads, scales, fused or not).
+
+    The things themselves, not their ids: an id is given again once its owner is gone.
+    """
+    found: list[Any] = []
     for child in module.modules():
         if isinstance(child, HookPoint):
             continue
+        found.append(child)
         for name, value in child.__dict__.items():
-            if name[0] != "_" and (isinstance(value, _PLAIN) or _is_plain_tuple(value)):
-                found.append((name, value))
-    return hash(tuple(found))
+            if name in _HOOKS:
+                found += value.values()
+            elif name not in _STEERS_NOTHING:
+                found.append(name)
+                _collect(value, found)
+    return found
 
 
-def _is_plain_tuple(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(item, _PLAIN) for item in value)
+def _collect(value: Any, found: list[Any]) -> None:
+    """Flatten containers, so that what is changed inside of them is seen."""
+    if isinstance(value, Mapping):
+        found.append(len(value))
+        for name, item in value.items():
+            found.append(name)
+            _collect(item, found)
+    elif isinstance(value, list | tuple):
+        found.append(len(value))
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, set | frozenset):
+        found.append(frozenset(value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        _collect(vars(value), found)
+    elif isinstance(value, Tensor):
+        found += (value, 0 if value.is_inference() else value._version)
+    elif isinstance(value, MethodType):  # made anew at each access
+        found += (value.__func__, value.__self__)
+    else:
+        found.append(value)
+
+
+_COMPARED = (bool, int, float, complex, str, bytes, frozenset, torch.dtype, torch.device)
+
+
+def _same(kept: list[Any], now: list[Any]) -> bool:
+    return len(kept) == len(now) and all(map(_is_same, kept, now))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and isinstance(one, _COMPARED) and one == other)
 
 
 # --- what is read -------------------------------------------------------------------------------------------
@@ -186,16 +238,21 @@ def _tagged(points: Mapping[str, HookPoint]) -> Iterator[None]:
 
 def _export(module: nn.Module, images: Tensor, of: Read, points: Mapping[str, HookPoint]) -> FrozenGraph:
     read, root_hook = _reading(of, points)
-    reader = _Reader(module, read).eval()
+    reader = _Reader(module, read)
+    reader.training = False  # not eval(), which would reach into the module
     examples = images.new_zeros((EXAMPLES, *images.shape[1:]))
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     device = images.device.type
     with _tagged(points), torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         try:
-            program = torch.export.export(
-                reader, (examples,), dynamic_shapes={"images": {0: batch}}, strict=False
-            )
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, torch._dynamo.exc.TorchDynamoException) as error:
+            program = torch.export.export(reader, (examples,), dynamic_shapes={"images": {0: batch}}, strict=False)
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            NotImplementedError,
+            torch._dynamo.exc.TorchDynamoException,
+        ) as error:
             raise UnsupportedModelError(
                 f"{type(module).__name__} could not be traced on images of shape {tuple(images.shape)}:"
                 f" {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. Tracing needs a"
@@ -208,6 +265,7 @@ def _export(module: nn.Module, images: Tensor, of: Read, points: Mapping[str, Ho
         name: program.constants[target]
         for name, target in program.graph_signature.inputs_to_lifted_tensor_constants.items()
     }
+    _inline(graph)
     _make_functional(graph)
     return FrozenGraph(
         nodes=tuple(graph.nodes),
@@ -223,7 +281,9 @@ def _root(graph: Graph, hook: str | None, of: Read, module: nn.Module) -> Node:
     if hook is not None:
         root = next((n for n in graph.nodes if operation(n) == "vitdecomp_lens::tag" and n.args[1] == hook), None)
         if root is None:
-            raise UnsupportedModelError(f"{type(module).__name__} has the hook {hook!r}, but its forward never calls it.")
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has the hook {hook!r}, but its forward never calls it."
+            )
     else:
         outputs = graph.output_node().all_input_nodes
         if len(outputs) != 1:
@@ -241,17 +301,91 @@ def _root(graph: Graph, hook: str | None, of: Read, module: nn.Module) -> Node:
     return root
 
 
+def _inline(graph: Graph) -> None:
+    """Put the bodies of contexts (``torch.no_grad``, ``torch.autocast(enabled=False)``) where they are entered.
+
+    Frozen graphs run without either anyway. An autocast that is on stays an operation of its own, a source.
+    """
+    for node in list(graph.nodes):
+        name = operation(node)
+        if name == "wrap_with_set_grad_enabled":
+            body, inputs = node.args[1], node.args[2:]
+        elif name == "wrap_with_autocast" and node.args[2] is False:
+            body, inputs = node.args[4], node.args[5:]
+        else:
+            continue
+        inner = getattr(graph.owning_module, body.target).graph
+        known: dict[Node, Any] = dict(zip((n for n in inner.nodes if n.op == "placeholder"), inputs, strict=True))
+        with graph.inserting_before(node):
+            outputs = graph.graph_copy(inner, known)
+        for user in list(node.users):  # each takes one of the outputs
+            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
 def _make_functional(graph: Graph) -> None:
-    """Turn operations that work in place into those that do not: values of a graph are looked at later."""
+    """Turn operations that work in place into those that do not: values of a graph are looked at later.
+
+    Raises:
+        UnsupportedModelError: If something written in place is read afterwards through another view of it.
+    """
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        name = operation(node)
-        if not (name.startswith("aten::") and name.endswith("_") and not name.endswith("__")):
+        if not is_in_place(node):
             continue
-        namespace, base = torch.ops.aten, name.removeprefix("aten::").removesuffix("_")
-        node.target = getattr(getattr(namespace, base), node.target._overloadname)
         changed = node.args[0]
         assert isinstance(changed, Node)
+        for view in _sharing_memory(changed) - {changed}:
+            if order[view] >= order[node] or operation(view) in SPLITS:  # of a split only its outputs are read
+                continue
+            late = next((user for user in view.users if order[user] > order[node] and user is not node), None)
+            if late is not None and not (_apart(view, changed) or is_in_place(late)):
+                raise UnsupportedModelError(
+                    f"{operation(node)} in {module_path(node) or 'the model itself'} writes in place to memory that"
+                    f" {operation(late)} reads afterwards through another view. Make it work on a copy: in place of"
+                    " x[:, 0] = y, for example torch.cat([y[:, None], x[:, 1:]], dim=1)."
+                )
+        base = operation(node).removeprefix("aten::").removesuffix("_")
+        node.target = getattr(getattr(torch.ops.aten, base), node.target._overloadname)
         for user in list(changed.users):
             if order[user] > order[node]:
                 user.replace_input_with(changed, node)
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether an operation writes to its first argument."""
+    name = operation(node)
+    return name.startswith("aten::") and name.endswith("_") and not name.endswith("__")
+
+
+def _viewed(node: Node) -> Node | None:
+    """What a node is a view of: by the aliases that its schema declares."""
+    if operation(node) == "getitem":
+        return _viewed(node.args[0])  # type: ignore[arg-type]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.arguments or schema.arguments[0].alias_info is None:
+        return None
+    return node.args[0] if isinstance(node.args[0], Node) else None
+
+
+def _sharing_memory(node: Node) -> set[Node]:
+    """All views of what a node is a view of."""
+    found, ahead = set(), [node]
+    while ahead:
+        n = ahead.pop()
+        if n in found:
+            continue
+        found.add(n)
+        base = _viewed(n)
+        ahead += [] if base is None else [base]
+        several = [u for u in n.users if u.args and u.args[0] is n and _viewed(u) is n]
+        ahead += several
+        ahead += [item for u in several for item in u.users if operation(item) == "getitem"]
+    return found
+
+
+def _apart(one: Node, other: Node) -> bool:
+    """Whether two views are different outputs of the same split."""
+    both = [n for n in (one, other) if operation(n) == "getitem"]
+    return len(both) == 2 and one.args[0] is other.args[0] and bool(one.args[1] != other.args[1])

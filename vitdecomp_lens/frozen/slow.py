@@ -1,0 +1,177 @@
+"""A compiled cut without pairs: replay the frozen graph and differentiate it, once for each direction.
+
+Not for use where the structured adjoint works: a whole representation costs as many derivatives as it has
+dimensions. It is exact all the same, because the replay is affine in the values at the points: activation ×
+gradient is the contribution, whatever the values at which the gradient is taken. `FrozenGraph.program` takes
+this way, with a warning, where pairs cannot pass an operation or would become too many.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.fx import Node
+
+from vitdecomp_lens.frozen.compiled import CompiledCut
+from vitdecomp_lens.frozen.replay import needs_the_recorded_input, replayed
+from vitdecomp_lens.frozen.rules import SPLITS, operation
+from vitdecomp_lens.frozen.walk import Cut
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The output of a replay from zeros at all points, and these zeros, to be differentiated by.
+
+    Attributes:
+        output: What the constants alone write.
+        zeros: By point.
+        differentiable: Whether contributions are to be differentiated once more, by the images.
+    """
+
+    output: Float[Tensor, "batch *ones d_rep"]
+    zeros: Mapping[str, Tensor]
+    differentiable: bool
+
+
+class ReplayedCut(CompiledCut):
+    """A cut whose contributions are computed by replay and automatic differentiation."""
+
+    def __init__(
+        self,
+        cut: Cut,
+        *,
+        splits: Mapping[str, int | None],
+        through: Mapping[str, Node],
+        directions: Float[Tensor, "direction d_rep"],
+        live: frozenset[Node],
+    ) -> None:
+        self._cut, self._splits, self._live, self._along = cut, splits, live, directions
+        self._reads: dict[str, Node] = {**cut.points, **through}
+        self.points = tuple(name for name in splits if name in self._reads)
+        self.leaves = tuple(dict.fromkeys(n for node in cut.through for n in _frozen_inputs(node, cut)))
+        self.constants = ("constants",)
+        self.directions = len(directions)
+        self.dtype, self.device = directions.dtype, directions.device
+
+    def kept_rows(self, point: str) -> None:
+        """All of a value is kept."""
+        return None
+
+    def keep(self, point: str, value: Tensor) -> Tensor:
+        """All of it."""
+        return value
+
+    def weights(self, leaves: Mapping[Node, Tensor | int], batch: int) -> Replayed:
+        """Replay from zeros."""
+        differentiable = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.enable_grad():
+            recorded = {n: self._frozen(leaves[n], differentiable and n in self._live) for n in self.leaves}
+            zeros = {name: self._zeros(node, batch) for name, node in self._reads.items()}
+            names = {node: name for name, node in self._reads.items()}
+            moving: dict[Node, Tensor] = {node: zeros[name] for name, node in self._cut.points.items()}
+            for node in reversed(self._cut.order):
+                if node not in moving:
+                    value = replayed(node, self._cut.through[node], moving, recorded)
+                    moving[node] = value + zeros[names[node]] if node in names else value
+        return Replayed(moving[self._cut.root], zeros, differentiable)
+
+    def _frozen(self, value: Tensor | int, differentiable: bool) -> Tensor | int:
+        if not isinstance(value, Tensor):
+            return value
+        value = value if differentiable else value.detach()
+        value = value.clone() if value.is_inference() else value  # what inference mode made cannot be recorded
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def _zeros(self, node: Node, batch: int) -> Tensor:
+        shape = [
+            size if isinstance(size, int) else int(size) // _traced_batch(self._cut) * batch for size in _shape(node)
+        ]
+        return torch.zeros(shape, dtype=self.dtype, device=self.device, requires_grad=True)
+
+    def contributions(
+        self, kept: Mapping[str, Tensor], weights: Replayed, batch: int, *, only: Iterable[str] | None = None
+    ) -> dict[str, Float[Tensor, "split batch direction"]]:
+        """Activation × gradient, summed over everything but the split and the batch."""
+        points = list(self.points if only is None else only)
+        columns: dict[str, list[Tensor]] = {point: [] for point in points}
+        for gradients in self._gradients(weights, points):
+            for point, gradient in zip(points, gradients, strict=True):
+                written = self._laid_out(point, gradient * kept[point].to(self.dtype), batch)
+                columns[point].append(written.flatten(2).sum(-1))
+        return {point: torch.stack(several, -1) for point, several in columns.items()}
+
+    def _gradients(self, weights: Replayed, points: list[str]) -> Iterator[tuple[Tensor, ...]]:
+        inputs = [weights.zeros[point] for point in points]
+        for direction in self._along if inputs else ():
+            with torch.inference_mode(False), torch.enable_grad():
+                yield torch.autograd.grad(
+                    weights.output,
+                    inputs,
+                    direction.expand_as(weights.output),
+                    retain_graph=True,
+                    create_graph=weights.differentiable,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+
+    def _laid_out(self, point: str, value: Tensor, batch: int) -> Float[Tensor, "split batch folded *rest"]:
+        dim, split = self._axes(point)
+        value = value.movedim(dim, 0).unsqueeze(0) if split is None else value.movedim((split, dim), (0, 1))
+        return value.unflatten(1, (batch, -1))
+
+    def _axes(self, point: str) -> tuple[int, int | None]:
+        """The batch and the split axis of a point's value."""
+        shape, split = _shape(self._reads[point]), self._splits[point]
+        batch = next(dim for dim, size in enumerate(shape) if not isinstance(size, int))
+        return batch, None if split is None else split % len(shape)
+
+    def shifted(self, weights: Replayed, batch: int) -> Float[Tensor, "constant batch direction"]:
+        """What the replay from zeros gave: all constants together."""
+        output = weights.output if weights.differentiable else weights.output.detach()
+        return (output.flatten(1) @ self._along.T).unsqueeze(0)
+
+    def by_token(
+        self,
+        point: str,
+        kept: Tensor,
+        weights: Replayed,
+        out: Float[Tensor, "split batch token direction"],
+        *,
+        token_axis: int = 1,
+    ) -> None:
+        """Activation × gradient, summed over channels only."""
+        dim, split = self._axes(point)
+        rest = [d for d in range(kept.dim()) if d not in (dim, split)]
+        first = rest.index(token_axis) if token_axis in rest else 0
+        for number, (gradient,) in enumerate(self._gradients(weights, [point])):
+            written = self._laid_out(point, gradient * kept.to(self.dtype), out.shape[1])
+            last = next(n for n in range(2, written.dim()) if _tokens(written, first, n) == out.shape[2])
+            written = written.movedim(tuple(range(3 + first, last + 1 + first)), tuple(range(3, last + 1)))
+            out[..., number] = written.flatten(2, last).flatten(3).sum(-1)
+
+
+def _tokens(written: Tensor, first: int, last: int) -> int:
+    """How many tokens there are if they take the axes from 3 + ``first`` on, up to ``last`` of them folded or not."""
+    return math.prod((written.shape[2], *written.shape[3 + first : last + 1 + first]))
+
+
+def _shape(node: Node) -> torch.Size:
+    return node.meta["val"].shape  # the batch, and what is folded into it, is symbolic
+
+
+def _traced_batch(cut: Cut) -> int:
+    return int(_shape(cut.root)[0])
+
+
+def _frozen_inputs(node: Node, cut: Cut) -> list[Node]:
+    """The nodes whose recorded values the replay of ``node`` reads."""
+    several = node.args[0] if operation(node) == "getitem" else node
+    assert isinstance(several, Node)
+    through = cut.through[node]
+    frozen = [n for n in several.all_input_nodes if n not in through]
+    if operation(several) not in SPLITS and needs_the_recorded_input(node):
+        frozen.append(through[0])
+    return frozen
