@@ -32,7 +32,6 @@ class HookedBlock(nn.Module, ABC):
     def __init__(self, core: nn.Module) -> None:
         super().__init__()
         self.hook_resid_pre = CopyingHookPoint()
-        self.hook_resid_post = HookPoint()
         adopt_hooks(self, core)
 
     @property
@@ -99,12 +98,13 @@ class TwoBranchBlock(HookedBlock):
     ) -> None:
         super().__init__(core)
         self.ln1 = ln1
-        self.hook_attn_out = HookPoint()
         self.attn = attn
+        self.hook_attn_out = HookPoint()
         self.hook_resid_mid = HookPoint()
         self.ln2 = ln2
         self.mlp = mlp
         self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
         self.drop_path1 = drop_path1 or nn.Identity()
         self.drop_path2 = drop_path2 or nn.Identity()
         self.core = core

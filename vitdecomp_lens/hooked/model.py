@@ -100,11 +100,11 @@ class HookedViT(HookedRootModule):
 
     # Running -------------------------------------------------------------------------------------------
 
-    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Any:
+    def forward(self, images: Any) -> Any:
         """Return what the wrapped model returns.
 
         Args:
-            images: Normalised as the model was trained; see `preprocess`.
+            images: ``batch channel height width``, normalised as the model was trained; see `preprocess`.
 
         Raises:
             InputError: If the images have a wrong shape, dtype or device.
@@ -342,7 +342,11 @@ class HookedViT(HookedRootModule):
 
     @property
     def W_U(self) -> Float[Tensor, "d_rep class"]:  # noqa: N802
-        """Weights from the representation (for CLIP: from what is projected) to the output."""
+        """Weights from the representation (for CLIP: from what is projected) to the output.
+
+        The two classifiers of a distilled model read a token each: there it is their mean, by which the
+        logits answer to a change of the representation.
+        """
         return self._weights_out()[0]
 
     @property

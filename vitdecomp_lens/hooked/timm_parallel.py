@@ -154,6 +154,7 @@ class ScalingBlock(HookedBlock):
         self.mlp = ScalingMLP(core, tail=Tail(core.ls))
         self.hook_attn_out = LazyHookPoint()
         self.hook_mlp_out = LazyHookPoint()
+        self.hook_resid_post = HookPoint()
         self.core: Any = core
 
     @property
@@ -219,6 +220,7 @@ class ThingsBlock(HookedBlock):
         self.ln2s = self._take_over(core.ffns, "mlp", mlps)
         self.mlps = nn.ModuleList(mlps)
         self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
         self.core: Any = core
         self._attentions = tuple(attentions)
         self._mlps = tuple(mlps)
