@@ -6,6 +6,7 @@ from vitdecomp_lens.decomposition import Attribution, Coverage, Decomposition
 from vitdecomp_lens.frozen.trace import trace
 from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.tokens import TokenAttribution
+from vitdecomp_lens.verify import verify
 
 __all__ = [
     "Attribution",
@@ -20,4 +21,5 @@ __all__ = [
     "attribute_tokens",
     "decompose",
     "trace",
+    "verify",
 ]

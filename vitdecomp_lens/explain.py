@@ -1,0 +1,225 @@
+"""`explain`: which components write what a model says of a photograph, and which patches they take it from.
+
+For the logits of a classifier. For scores along other directions, such as texts, see `attribute_tokens`.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vitdecomp_lens.class_names import ClassNames
+from vitdecomp_lens.components import By
+from vitdecomp_lens.decompose import attribute_tokens
+from vitdecomp_lens.errors import InputError, UnsupportedModelError
+from vitdecomp_lens.explanation import Contribution, Explanation, Heatmap, Prediction, Rectangle, kind_of, share_of
+from vitdecomp_lens.hooked import HookedViT
+from vitdecomp_lens.tokens import TokenAttribution
+
+Photograph = Image.Image | str | Path
+PREDICTIONS = 5
+
+
+def explain(
+    model: HookedViT,
+    images: Sequence[Photograph],
+    *,
+    class_: int | str | None = None,
+    by: By = "head",
+    top: int = 10,
+    class_names: Sequence[str] | None = None,
+    relative: bool = False,
+) -> tuple[Explanation, ...]:
+    """Explain the logit of a class by what every component writes along it, for each photograph.
+
+    logit_c = Σ_components ⟨e_c, A(a)⟩, exactly; with ``relative``, the direction e_c - 1/K in place of e_c. Photographs
+    are made upright as their EXIF data say before the model sees them.
+
+    Args:
+        model: A `HookedViT` with a classifier.
+        images: PIL images or paths.
+        class_: Which class, by index or name; by default the likeliest of each photograph.
+        by: What the components are, as for `decompose`.
+        top: How many components get a heatmap of their own.
+        class_names: A name for each class; by default ImageNet's, where timm has a list of as many classes.
+        relative: Whether to explain the logit minus the mean of all logits, which gives the same probabilities.
+
+    Returns:
+        An `Explanation` for each photograph, in order.
+
+    Raises:
+        UnsupportedModelError: If the model has no classifier.
+        UnknownNameError: If there is no such class.
+        InputError: If a photograph cannot be read; the message names it.
+
+    Example:
+        >>> model = HookedViT.from_timm("test_vit")
+        >>> (explanation,) = explain(model, [Image.new("RGB", (200, 160), "green")], class_="tench", top=2)
+        >>> explanation.name, len(explanation.top), round(sum(one.share for one in explanation.contributions), 3)
+        ('tench, Tinca tinca', 2, 1.0)
+    """
+    if isinstance(images, str | Path | Image.Image):
+        raise InputError("Photographs must come as a list; got a single one. Pass [photograph].")
+    explainer = Explainer(model, class_=class_, by=by, top=top, class_names=class_names, relative=relative)
+    return tuple(
+        explainer.explain(image, name=str(image) if isinstance(image, str | Path) else f"image {number}")
+        for number, image in enumerate(images)
+    )
+
+
+class Explainer:
+    """Explains photographs one by one, so that memory stays the same however many there are.
+
+    Args:
+        model: As for `explain`, like the options.
+        class_: As for `explain`.
+        by: As for `explain`.
+        top: As for `explain`.
+        class_names: As for `explain`.
+        relative: As for `explain`.
+    """
+
+    def __init__(
+        self,
+        model: HookedViT,
+        *,
+        class_: int | str | None = None,
+        by: By = "head",
+        top: int = 10,
+        class_names: Sequence[str] | None = None,
+        relative: bool = False,
+    ) -> None:
+        if top < 0:
+            raise InputError(f"Expected top= of at least 0; got {top}.")
+        self.model, self.by, self.top, self.relative = model, by, top, relative
+        self.names = ClassNames.of(_num_classes(model), class_names)
+        self.wanted = None if class_ is None else self.names.find(class_)
+
+    def explain(self, photograph: Photograph, *, name: str) -> Explanation:
+        """Explain one photograph, under the name that it has in messages and results."""
+        upright = open_upright(photograph)
+        image = self.model.preprocess([upright])
+        with torch.no_grad():
+            logits = self.model(image)[0].double()
+        index = int(logits.argmax()) if self.wanted is None else self.wanted
+        direction = torch.zeros(1, len(logits), dtype=torch.float64)
+        direction[0, index] = 1
+        if self.relative:
+            direction -= 1 / len(logits)
+        with torch.no_grad():
+            scores = attribute_tokens(self.model, image, direction.to(image), by=self.by, of="logits").to("cpu")
+        logit = float(scores.total)  # type: ignore[arg-type]
+        contributions = tuple(_contributions(scores, logit))
+        return Explanation(
+            image=name,
+            size=upright.size,
+            seen=_covered(self.model.preprocess_geometry(upright), scores, image),
+            model=_model_name(self.model),
+            by=self.by,
+            relative=self.relative,
+            index=index,
+            name=self.names.names[index],
+            logit=logit,
+            predictions=tuple(self._predictions(logits)),
+            contributions=contributions,
+            prefix=_prefix(scores),
+            heatmap=Heatmap("all", sum(_patches(scores, label) for label in scores.labels)),  # type: ignore[arg-type]
+            top=tuple(Heatmap(label, _patches(scores, label)) for label in _strongest(contributions, self.top)),
+            gap=float(scores.rest.abs().max()) / float(logits.abs().max()),  # type: ignore[union-attr]
+        )
+
+    def _predictions(self, logits: Float[Tensor, "class"]) -> Iterator[Prediction]:
+        probabilities = logits.softmax(0)
+        for index in logits.topk(min(PREDICTIONS, len(logits))).indices.tolist():
+            yield Prediction(index, self.names.names[index], float(probabilities[index]), float(logits[index]))
+
+
+def _num_classes(model: HookedViT) -> int:
+    count = getattr(getattr(model, "original", None), "num_classes", 0)
+    if not isinstance(model, HookedViT) or not isinstance(count, int) or count < 1:
+        raise UnsupportedModelError(
+            "Expected a HookedViT with a classifier, whose logits can be explained. For a CLIP, or a model without "
+            "classifier, use attribute_tokens(model, images, directions) with the directions of your texts."
+        )
+    return count
+
+
+def _model_name(model: HookedViT) -> str:
+    configured = getattr(model.original, "pretrained_cfg", None) or {}
+    return str(configured.get("architecture") or model.cfg.model_name)
+
+
+def _contributions(scores: TokenAttribution, logit: float) -> Iterator[Contribution]:
+    whole = scores.sum_tokens()
+    rows = sorted(range(len(whole)), key=lambda row: -float(whole.values[row]))
+    tokened = set(scores.labels)
+    for row in rows:
+        component, score = whole.components[row], float(whole.values[row])
+        prefix = float(_prefix_of(scores, component.label).sum()) if component.label in tokened else None
+        yield Contribution(component.label, kind_of(component), score, share_of(score, logit), prefix)
+
+
+def _strongest(contributions: Sequence[Contribution], count: int) -> list[str]:
+    """Labels of the components that write most from patches, in either direction; highest first."""
+    scores = {one.component: one.score - one.prefix for one in contributions if one.prefix is not None}
+    chosen = sorted(scores, key=lambda label: -abs(scores[label]))[:count]
+    return sorted(chosen, key=lambda label: -scores[label])
+
+
+def _prefix_of(scores: TokenAttribution, label: str) -> Float[Tensor, "prefix"]:
+    return scores[label][0, : len(scores.grid.prefix), 0].double()
+
+
+def _prefix(scores: TokenAttribution) -> dict[str, float]:
+    total = sum(_prefix_of(scores, label) for label in scores.labels)
+    return {} if isinstance(total, int) else dict(zip(scores.grid.prefix, total.tolist(), strict=True))
+
+
+def _patches(scores: TokenAttribution, label: str) -> Float[Tensor, "row column"]:
+    grid = scores.grid
+    return scores[label][0, len(grid.prefix) :, 0].double().reshape(grid.rows, grid.columns)
+
+
+def _covered(seen: Rectangle, scores: TokenAttribution, image: Tensor) -> Rectangle:
+    """Where the patches lie on the photograph: they may cover more than the input (padding), or less."""
+    left, top, right, bottom = seen
+    height, width = scores.grid.image_size
+    return (
+        left,
+        top,
+        left + (right - left) * width / image.shape[3],
+        top + (bottom - top) * height / image.shape[2],
+    )
+
+
+def open_upright(photograph: Photograph) -> Image.Image:
+    """Return an RGB image, turned as its EXIF data say; reading it if a path is given.
+
+    Raises:
+        InputError: If it cannot be read; the message names the file.
+    """
+    if isinstance(photograph, Image.Image):
+        return _as_rgb(ImageOps.exif_transpose(photograph))
+    path = Path(photograph)
+    if path.is_dir():
+        raise InputError(f"The photograph {str(path)!r} is a folder. Name the files in it, as in {path.name}/*.jpg.")
+    try:
+        with Image.open(path) as opened:
+            return _as_rgb(ImageOps.exif_transpose(opened))
+    # What Pillow's readers raise for damaged files of one format or another.
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"The photograph {str(path)!r} cannot be read: {error}. Leave it out or replace it."
+        ) from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 256).convert("L")  # Pillow's own conversion cuts off at 255
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")

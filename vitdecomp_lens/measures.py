@@ -1,0 +1,244 @@
+"""The measurements behind a certificate: parity, gaps, live hooks, cost. `vitdecomp_lens.verify` puts them together."""
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from vitdecomp_lens.certificate import Cost, CutCheck, HookCheck, Parity
+from vitdecomp_lens.components import By
+from vitdecomp_lens.coverage import Coverage
+from vitdecomp_lens.decompose import attribute, attribute_tokens, decompose
+from vitdecomp_lens.errors import CapacityError, InputError, VitDecompError
+from vitdecomp_lens.hooked import HookedViT
+from vitdecomp_lens.points import LazyHookPoint
+
+Progress = Callable[[str, float], None]
+Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
+DIRECTIONS = 16  # random ones, where whole vectors would take too much memory
+TOKEN_DIRECTIONS = 2
+COST_BATCH = 8
+COST_SECONDS = 3.0
+COST_ROUNDS = (5, 15)
+SCORE_HOOKS = ("hook_q", "hook_k", "hook_rot_q", "hook_rot_k", "hook_attn_scores")
+
+
+def double(single: HookedViT) -> HookedViT:
+    """A hooked deep copy in float64."""
+    module = copy.deepcopy(single.original)
+    device = next(module.parameters()).device
+    # Apple's GPUs have no float64.
+    return HookedViT(module.to("cpu" if device.type == "mps" else device, torch.float64))
+
+
+def weight(model: nn.Module) -> Tensor:
+    """A tensor with the model's device and dtype, for ``.to()``."""
+    return next(model.parameters())
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [leaf for item in output or () for leaf in _leaves(item)] if isinstance(output, list | tuple) else []
+
+
+def parity(model: HookedViT, images: Tensor) -> Parity:
+    """Compare the hooked model's output with the original's."""
+    expected = _leaves(model.original(images))
+    look: Callable[..., None] = lambda _value, hook: None  # noqa: E731
+    eager: Hooks = [(name, look) for name, point in model.hook_dict.items() if not isinstance(point, LazyHookPoint)]
+    plain, hooked = model(images), model.run_with_hooks(images, fwd_hooks=eager)
+    everything = model.run_with_hooks(images, fwd_hooks=[(name, look) for name in model.hook_dict])
+    return Parity(
+        plain=_equal(expected, _leaves(plain)),
+        hooked=_equal(expected, _leaves(hooked)),
+        all_hooked=max(_difference(a, b) for a, b in zip(expected, _leaves(everything), strict=True)),
+    )
+
+
+def _equal(these: list[Tensor], those: list[Tensor]) -> bool:
+    return len(these) == len(those) and all(map(torch.equal, these, those))
+
+
+def _difference(expected: Tensor, value: Tensor) -> float:
+    return float((value - expected).abs().max() / expected.abs().max())
+
+
+# --- gaps -------------------------------------------------------------------------------------------------------
+
+
+def cut_checks(
+    single: HookedViT, images: Tensor, *, seed: int, max_bytes: int, say: Progress
+) -> tuple[tuple[CutCheck, ...], Coverage | None]:
+    """Decompose by every cut, in float32 and float64; the coverage is the lowest of all."""
+    spaces = _spaces(single, images[:1])
+    requests = [(by, of, tokens) for of in spaces for by in get_args(By) for tokens in (False, True)]
+    checks: list[CutCheck] = []
+    coverage: Coverage | None = None
+    for number, dtype in enumerate(("float32", "float64")):
+        model = single if dtype == "float32" else double(single)
+        for place, (by, of, tokens) in enumerate(requests):
+            cut = CutCheck(by, of, tokens, dtype, None)
+            say(str(cut), (number + place / len(requests)) / 2)
+            check = _TokenGap(model, cut, seed, max_bytes) if tokens else _WholeGap(model, cut, seed, max_bytes)
+            checks.append(check.run(images.to(weight(model))))
+            coverage = _worst(coverage, check.coverage)
+    return tuple(checks), coverage
+
+
+def _worst(one: Coverage | None, other: Coverage | None) -> Coverage | None:
+    known = [coverage for coverage in (one, other) if coverage is not None]
+    return min(known, key=lambda coverage: coverage.share, default=None)
+
+
+def _spaces(model: HookedViT, images: Tensor) -> tuple[str, ...]:
+    """Representation and logits, unless they are the same."""
+    seen: list[Tensor] = []
+    images = images.to(weight(model))
+    output = model.run_with_hooks(images, fwd_hooks=[("hook_representation", lambda value, hook: seen.append(value))])
+    return ("representation",) if _equal(seen, _leaves(output)) else ("representation", "logits")
+
+
+class _WholeGap:
+    """Decomposes images, and keeps the largest gap."""
+
+    def __init__(self, model: HookedViT, cut: CutCheck, seed: int, max_bytes: int) -> None:
+        self.model, self.cut, self.seed = model, cut, seed
+        self.options: dict[str, Any] = {"by": cut.by, "of": cut.of, "max_bytes": max_bytes}
+        self.coverage: Coverage | None = None
+        self.note = ""
+
+    def run(self, images: Tensor) -> CutCheck:
+        """Return the check with its gap, or with the reason why there is none."""
+        try:
+            gap = self.gap(images)
+        except VitDecompError as error:
+            return replace(self.cut, note=str(error))
+        if not math.isfinite(gap):
+            return replace(self.cut, note="the gap is not a finite number")
+        return replace(self.cut, gap=gap, note=self.note)
+
+    def gap(self, images: Tensor) -> float:
+        """The largest gap of some images."""
+        try:
+            parts = decompose(self.model, images, **self.options)
+        except CapacityError:
+            self.note = f"along {DIRECTIONS} random directions, as whole vectors would take too much memory"
+            return self.along(attribute, images, DIRECTIONS)
+        self.coverage = parts.coverage
+        assert parts.gap is not None  # all components were asked for
+        return float(parts.gap.max())
+
+    def along(self, read: Callable[..., Any], images: Tensor, count: int) -> float:
+        """The largest gap along random unit directions, relative to the length of an image's vector."""
+        vectors = _vectors(self.model, images, self.cut.of)
+        noise = torch.randn(count - 1, vectors.shape[1], generator=torch.Generator().manual_seed(self.seed))
+        directions = torch.cat([vectors[:1], noise.to(vectors)])
+        scores = read(self.model, images, nn.functional.normalize(directions, dim=1), **self.options)
+        self.coverage = scores.coverage
+        return float((scores.rest.abs().amax(1) / vectors.norm(dim=1)).max())
+
+
+class _TokenGap(_WholeGap):
+    """The same by token, along a few directions."""
+
+    def gap(self, images: Tensor) -> float:
+        """The largest gap of some images."""
+        try:
+            return self.along(attribute_tokens, images, TOKEN_DIRECTIONS)
+        except CapacityError:
+            self.note = "of one image along one direction, as more would take too much memory"
+            return self.along(attribute_tokens, images[:1], 1)
+
+
+def _vectors(model: HookedViT, images: Tensor, of: str) -> Float[Tensor, "batch d_rep"]:
+    seen: list[Tensor] = []
+    output = model.run_with_hooks(images, fwd_hooks=[("hook_representation", lambda value, hook: seen.append(value))])
+    vectors: Tensor = seen[0] if of == "representation" else _leaves(output)[0]
+    if vectors.dim() != 2:
+        raise InputError(f"Expected one vector an image, [batch, d]; {of} is {list(vectors.shape)}.")
+    return vectors
+
+
+# --- hooks ------------------------------------------------------------------------------------------------------
+
+
+def hook_checks(model: HookedViT, images: Tensor, *, seed: int, say: Progress) -> tuple[HookCheck, ...]:
+    """Add noise at each hook in turn, and see whether the output changes."""
+    images = images.to(weight(model))
+    generator = torch.Generator().manual_seed(seed)
+    shapes: dict[str, torch.Size] = {}
+
+    def look(_value: Tensor, hook: HookPoint) -> None: ...
+
+    def change(value: Tensor, hook: HookPoint) -> Tensor:
+        shapes[str(hook.name)] = value.shape
+        # In units of the value's own size, and never as much as the value: a scale must not become zero.
+        noise = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value) - 0.5
+        return value + noise * value.square().mean().sqrt().clamp(min=1e-3)
+
+    plain = _leaves(model(images))
+    live: dict[str, bool] = {}
+    for number, (name, point) in enumerate(model.hook_dict.items()):
+        say(f"hook {name}", number / len(model.hook_dict))
+        # A lazy hook changes the path of computation, and with it the rounding: compare within that path.
+        lazy = isinstance(point, LazyHookPoint)
+        expected = _leaves(model.run_with_hooks(images, fwd_hooks=[(name, look)])) if lazy else plain
+        live[name] = not _equal(expected, _leaves(model.run_with_hooks(images, fwd_hooks=[(name, change)])))
+    return tuple(HookCheck(name, alive, "" if alive else _excuse(name, shapes)) for name, alive in live.items())
+
+
+def _excuse(name: str, shapes: dict[str, torch.Size]) -> str:
+    """Why nothing at a hook could change the output, where that is a matter of principle."""
+    owner, _, kind = name.rpartition(".")
+    keys = shapes.get(f"{owner}.hook_k")
+    if keys is not None and keys[1] == 1 and kind in SCORE_HOOKS:
+        return "there is one key only, whose pattern is 1 whatever the scores"
+    return ""
+
+
+# --- cost -------------------------------------------------------------------------------------------------------
+
+
+def cost(model: HookedViT, images: Tensor) -> Cost | None:
+    """Time ``decompose(by="head")`` beside the plain forward; None where nothing can be decomposed."""
+    batch = images[torch.arange(COST_BATCH) % len(images)].to(weight(model))
+    runs: dict[str, Callable[[], Any]] = {
+        "plain": lambda: model.original(batch),
+        "decompose": lambda: decompose(model, batch, by="head"),
+        "again": lambda: model.original(batch),
+    }
+    times: dict[str, list[float]] = {what: [] for what in runs}
+    try:
+        for run in runs.values():
+            run()  # compile and warm up
+    except VitDecompError:
+        return None
+    started = time.perf_counter()
+    for number in range(COST_ROUNDS[1]):
+        if number >= COST_ROUNDS[0] and time.perf_counter() - started > COST_SECONDS:
+            break
+        # In turning order, so that none always follows the same other.
+        for what, run in list(runs.items())[number % 3 :] + list(runs.items())[: number % 3]:
+            times[what].append(_timed(run, batch.device))
+    medians = {what: statistics.median(taken) for what, taken in times.items()}
+    return Cost(COST_BATCH, **medians)
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    accelerator = torch.accelerator if device.type != "cpu" and torch.accelerator.is_available() else None
+    started = time.perf_counter()
+    run()
+    if accelerator is not None:
+        accelerator.synchronize()
+    return time.perf_counter() - started
