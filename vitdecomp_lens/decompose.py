@@ -33,7 +33,7 @@ from vitdecomp_lens.frozen.walk import Cut
 from vitdecomp_lens.tokens import TokenAttribution, TokenBlock
 
 MAX_BYTES = 512 << 20
-KEPT_BYTES = {"cpu": 40 << 20}  # what may be kept of a run at once; more images are run in pieces
+KEPT_BYTES = {"cpu": 60 << 20}  # what may be kept of a run at once; more images are run in pieces
 KEPT_BYTES_ELSEWHERE = 2 << 30
 
 

@@ -80,8 +80,8 @@ class Tape:
         self._after_batch: tuple[int, ...] = ()
 
     def ones(self, *size: int) -> Tensor:
-        """Ones of the dtype in which the tape computes."""
-        return torch.ones(size, dtype=self.dtype, device=self.device)
+        """Ones of the dtype in which the tape computes; they share one number's memory."""
+        return torch.ones((), dtype=self.dtype, device=self.device).expand(size)
 
     def start(self, batch: int, dims: int) -> int:
         """The slot at an output of ``dims`` dimensions: one an image, ``[1, batch, 1, ...]``."""

@@ -299,13 +299,24 @@ def _rows(a: Tensor, batch: int, a_dims: Sequence[int], shape: tuple[int, ...]) 
 
 
 def _shifted(name: str, pairs: Pairs, value: Tensor, tape: Tape) -> Shifted:
-    mine = [d for d, owner in enumerate(pairs.owners) if owner == "M" and d != pairs.batch]
-    written = pairs.maps * value
-    if mine:
-        written = written.sum([2 + d for d in mine], keepdim=True)
-    written = written.squeeze(2 + pairs.batch)
+    written = _summed_over_channels(pairs, value)
     if all(size == 1 for size in written.shape[2:]):
         return Shifted(name, pairs.weights, written.flatten(2), False, pairs.batch)
     a = tape.examples[pairs.weights]
     shape = [a.shape[1 + d] for d in range(len(pairs.owners)) if d != pairs.batch]
     return Shifted(name, pairs.weights, written.expand(*written.shape[:2], *shape).flatten(2), True, pairs.batch)
+
+
+def _summed_over_channels(pairs: Pairs, value: Tensor) -> Float[Tensor, "r direction *dims"]:
+    """M times a constant, summed over M's dimensions and without the batch's, never made as a whole."""
+    mine = [d for d, owner in enumerate(pairs.owners) if owner == "M" and d != pairs.batch]
+    others = [d for d in range(len(pairs.owners)) if d not in (*mine, pairs.batch)]
+    if any(pairs.maps.shape[2 + d] > 1 for d in others):  # both factors own a dimension
+        written = pairs.maps * value
+        return (written.sum([2 + d for d in mine], keepdim=True) if mine else written).squeeze(2 + pairs.batch)
+    shape = [pairs.maps.shape[2 + d] if d in mine else value.shape[d] for d in range(len(pairs.owners))]
+    constant = value.expand(shape).permute(pairs.batch, *others, *mine)
+    constant = constant.reshape(-1, int(torch.Size(shape[d] for d in mine).numel()))
+    written = pairs.maps.flatten(2) @ constant.T
+    whole = [1 if d in mine else shape[d] for d in range(len(shape)) if d != pairs.batch]
+    return written.reshape(*written.shape[:2], *whole)

@@ -1,0 +1,203 @@
+"""What looking costs: ratios to the plain forward, in one process, interleaved, medians.
+
+    python benchmarks/cost.py                       # every model of the table
+    python benchmarks/cost.py deit_tiny_patch16_224 --rounds 5 --json out.json
+
+A round runs every kind of work once, one after the other; a ratio is the median over rounds of a work's time
+divided by the plain forward's time in the same round. "plain again" is the plain forward a second time: the
+noise. Memory is what the allocator handed out at the peak, beyond weights and the result, divided by the plain
+forward's peak. Weights are random and moved off their initial values; they do not matter for cost.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from vitdecomp_lens import HookedViT, attribute, attribute_tokens, decompose
+
+# Model, batch. The name of open_clip's has a prefix.
+MODELS = {
+    "deit_tiny_patch16_224": 8,
+    "deit_base_patch16_224": 8,
+    "vit_base_patch14_reg4_dinov2": 2,
+    "vit_base_patch16_siglip_gap_224": 8,
+    "open_clip:ViT-B-16": 8,
+}
+DIRECTIONS = 100
+
+
+def make(name: str) -> HookedViT:
+    """A model with random weights, none at its initial value."""
+    torch.manual_seed(0)
+    model = HookedViT.from_open_clip(name.split(":")[1]) if ":" in name else HookedViT.from_timm(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter)).requires_grad_(False)
+    return model
+
+
+def image_size(model: HookedViT) -> tuple[int, ...]:
+    """Channels, height and width that the model takes."""
+    original = model.original
+    size = original.image_size if hasattr(original, "image_size") else original.patch_embed.img_size
+    return (3, *size)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time of one run; its result is freed outside of the clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    spent = time.perf_counter() - start
+    del result
+    return spent
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Most memory allocated at once during a run, and what is still allocated at its end: the result."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = work()
+        torch.cuda.synchronize()
+        after = torch.cuda.memory_allocated()
+        del result
+        return torch.cuda.max_memory_allocated() - before, after - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = work()
+    kept = _result_bytes(result)
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak, kept
+
+
+def _result_bytes(result: object) -> int:
+    if isinstance(result, torch.Tensor):
+        return result.nbytes
+    parts = [getattr(result, name, None) for name in ("values", "total")]
+    found = sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+    return found + (_result_bytes(result.untokened) if hasattr(result, "untokened") else 0)
+
+
+def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[str, object]:
+    """All figures of one model."""
+    model = make(name).to(device)
+    plain: nn.Module = model.original
+    images = torch.rand(batch, *image_size(model), device=device)
+    with torch.inference_mode():
+        start = time.perf_counter()
+        parts = decompose(model, images[:1])
+        first_use = time.perf_counter() - start
+        directions = nn.functional.normalize(torch.randn(DIRECTIONS, parts.values.shape[-1], device=device), dim=-1)
+        works: dict[str, Callable[[], object]] = {
+            "plain": lambda: plain(images),
+            "plain again": lambda: plain(images),
+            "hooked": lambda: model(images),
+            "decompose": lambda: decompose(model, images),
+            "attribute": lambda: attribute(model, images, directions),
+            "attribute_tokens": lambda: attribute_tokens(model, images, directions),
+        }
+        first_tokens = seconds(works["attribute_tokens"], device)
+        for work in works.values():
+            seconds(work, device)
+        times: dict[str, list[float]] = {work: [] for work in works}
+        for _ in range(rounds):
+            for work, run in works.items():
+                times[work].append(seconds(run, device))
+        memory = {work: peak_bytes(works[work], device) for work in ("plain", "decompose", "attribute_tokens")}
+    ratios = {work: [t / p for t, p in zip(times[work], times["plain"], strict=True)] for work in works if work != "plain"}
+    plain_peak = memory["plain"][0] - memory["plain"][1]
+    return {
+        "model": name,
+        "batch": batch,
+        "rounds": rounds,
+        "plain_seconds": statistics.median(times["plain"]),
+        "ratio": {work: statistics.median(found) for work, found in ratios.items()},
+        "spread": {work: [min(found), max(found)] for work, found in ratios.items()},
+        "plain_peak_mib": plain_peak / 2**20,
+        "memory": {work: (peak - kept) / plain_peak for work, (peak, kept) in memory.items() if work != "plain"},
+        "first_decompose_seconds": first_use,
+        "first_attribute_tokens_seconds": first_tokens,
+        "gap": float(parts.gap.max()),
+    }
+
+
+def table(results: list[dict]) -> Table:
+    """The figures for people."""
+    shown = Table(title="times as multiples of the plain forward: median [smallest, largest]")
+    works = ["plain again", "hooked", "decompose", "attribute", "attribute_tokens"]
+    for column in ("model, batch", "plain", *works, "memory: decompose", "memory: tokens", "first use"):
+        shown.add_column(column)
+    for found in results:
+        cells = [
+            f"{found['ratio'][work]:.3f} [{found['spread'][work][0]:.2f}, {found['spread'][work][1]:.2f}]" for work in works
+        ]
+        shown.add_row(
+            f"{found['model']}, {found['batch']}",
+            f"{found['plain_seconds']:.3f} s",
+            *cells,
+            *(f"{found['memory'][work]:.2f}" for work in ("decompose", "attribute_tokens")),
+            f"{found['first_decompose_seconds']:.1f} s",
+        )
+    return shown
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """Where and with what it was measured."""
+    packages = ("torch", "timm", "open_clip_torch", "transformer-lens", "vitdecomp-lens")
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def _processor() -> str:
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS), help="names of timm, or open_clip:NAME")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, help="in place of the table's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="also write the figures here, with machine and versions")
+    options = parser.parse_args()
+    device, console = torch.device(options.device), Console(width=200 if not sys.stdout.isatty() else None)
+    results = []
+    for name in options.models:
+        results.append(measure(name, options.batch or MODELS.get(name, 8), options.rounds, device))
+        console.print(table(results[-1:]))
+    console.print(table(results))
+    console.print(machine(device))
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine(device), "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
