@@ -1,5 +1,7 @@
 """What is refused: models that cannot be hooked as they are, and images that a model cannot take."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +66,7 @@ def check_training(module: nn.Module) -> None:
             )
 
 
-def check_shape(images: Tensor, spec: ImageSpec) -> None:
+def check_shape(images: Any, spec: ImageSpec) -> None:
     """Refuse images of a wrong kind, rank, channel number or size, without reading their values.
 
     Raises:

@@ -1,6 +1,6 @@
 """Photographs in and out: the library's own evaluation transform, and which part of a photograph it shows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ _CROPS = ("CenterCrop", "CenterCropOrPad")
 _LAST_STEPS = ("ToTensor", "MaybeToTensor", "PILToTensor", "MaybePILToTensor", "ToNumpy")  # tensors from here on
 
 
-def open_image(image: Image.Image | str | Path) -> Image.Image:
+def open_image(image: Any) -> Image.Image:
     """Return an RGB image, reading it if a path is given.
 
     Raises:
@@ -35,9 +35,7 @@ def open_image(image: Image.Image | str | Path) -> Image.Image:
         ) from error
 
 
-def to_batch(
-    images: Sequence[Image.Image | str | Path], transform: Callable[[Image.Image], Any]
-) -> Float[Tensor, "batch channel height width"]:
+def to_batch(images: Any, transform: Callable[[Image.Image], Any]) -> Float[Tensor, "batch channel height width"]:
     """Apply an evaluation transform to photographs.
 
     Raises:

@@ -7,12 +7,13 @@ only when one of its models is wrapped.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, TypeVar
 
 from torch import nn
 
-from vitdecomp_lens.errors import UnsupportedModelError, near_matches
+from vitdecomp_lens.errors import UnsupportedModelError
 from vitdecomp_lens.hooked.blocks import HookedBlock
 
 
@@ -142,9 +143,10 @@ def find_adapter(module: nn.Module) -> Adapter:
             return _ADAPTERS[name]()
     known = sorted({*_BUILT_IN, *_ADAPTERS})
     shown = f"{type(module).__module__}:{type(module).__qualname__}"
+    nearest = get_close_matches(shown, known, n=1, cutoff=0.0)[0]
     raise UnsupportedModelError(
-        f"There is no adapter for {shown} ({near_matches(shown, known)}). Register one with register_adapter, "
-        f"or decompose the module as it is: vitdecomp_lens.trace works for any module."
+        f"There is no adapter for {shown}; the nearest is for {nearest}. Register one with register_adapter, or "
+        f"decompose the module as it is: vitdecomp_lens.trace works for any module."
     )
 
 

@@ -1,0 +1,197 @@
+"""What cannot be hooked, and images that cannot be run, are refused by name and with advice."""
+
+import re
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from tiny_models import TINY, TINY_MODELS, images_for
+from torch import nn
+
+from vitdecomp_lens.errors import InputError, UnsupportedModelError
+from vitdecomp_lens.hooked import Adapter, HookedViT, register_adapter
+from vitdecomp_lens.hooked.registry import find_adapter
+
+
+@pytest.fixture
+def model():
+    return HookedViT(TINY_MODELS["class_token"]())
+
+
+@pytest.fixture
+def images():
+    return images_for("class_token")
+
+
+# Models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", ["drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path_rate", "patch_drop_rate"])
+def test_training_mode_with_active_dropout_is_refused(rate):
+    module = VisionTransformer(**TINY, **{rate: 0.3}).train()
+    with pytest.raises(UnsupportedModelError, match=r"training mode.*rate 0\.[1-3].*\.eval\(\)"):
+        HookedViT(module)
+    model = HookedViT(module.eval())
+    with pytest.raises(UnsupportedModelError, match="training mode"):
+        model.train()
+    assert not model.training
+
+
+def test_training_mode_without_dropout_is_allowed(images):
+    model = HookedViT(VisionTransformer(**TINY).train())
+    assert model.training
+    assert torch.equal(model(images), model.original(images))
+
+
+def test_attention_dropout_of_torch_is_refused_in_training():
+    module = TINY_MODELS["open_clip"]().train()
+    module.transformer.resblocks[0].attn.dropout = 0.1
+    with pytest.raises(UnsupportedModelError, match=r"'transformer\.resblocks\.0\.attn'"):
+        HookedViT(module)
+
+
+def test_compiled_modules_are_refused():
+    module = TINY_MODELS["class_token"]()
+    with pytest.raises(UnsupportedModelError, match=r"compiled.*_orig_mod"):
+        HookedViT(torch.compile(module))
+    module.blocks[0].compile()
+    with pytest.raises(UnsupportedModelError, match="compiled"):
+        HookedViT(module)
+
+
+def test_replicated_modules_are_refused():
+    with pytest.raises(UnsupportedModelError, match=r"DataParallel.*HookedViT\(model\.module\)"):
+        HookedViT(nn.DataParallel(TINY_MODELS["class_token"]()))
+
+
+def test_quantised_modules_are_refused():
+    class QuantisedLinear(nn.Linear):
+        """Stands in for what quantisation libraries put in place of linear layers."""
+
+    QuantisedLinear.__module__ = "torch.ao.nn.quantized.modules.linear"
+    by_class, by_dtype = TINY_MODELS["class_token"](), TINY_MODELS["class_token"]()
+    by_class.blocks[0].mlp.fc1 = QuantisedLinear(32, 128)
+    by_dtype.head.weight = nn.Parameter(torch.zeros(10, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"'blocks\.0\.mlp\.fc1'.*quantised"):
+        HookedViT(by_class)
+    with pytest.raises(UnsupportedModelError, match=r"'head'.*quantised"):
+        HookedViT(by_dtype)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Linear(2, 2), timm.create_model("test_resnet"), timm.create_model("beit_base_patch16_224", depth=1)],
+)
+def test_architectures_without_adapter_are_refused_with_the_nearest_and_trace(module):
+    name = f"{type(module).__module__}:{type(module).__name__}"
+    with pytest.raises(UnsupportedModelError, match=re.escape(name)) as caught:
+        HookedViT(module)
+    assert "vitdecomp_lens.trace works for any module" in str(caught.value)
+    if "Beit" in name:
+        assert "the nearest is for timm.models.deit:VisionTransformerDistilled" in str(caught.value)
+
+
+def test_unknown_parts_are_refused_by_name():
+    class Strange(nn.Module):
+        def forward(self, x, **kwargs):
+            return x
+
+    for part, owner in (("block", lambda m: m.blocks), ("attention", None), ("MLP", None)):
+        module = TINY_MODELS["class_token"]()
+        if part == "block":
+            owner(module)[1] = Strange()
+        else:
+            setattr(module.blocks[1], {"attention": "attn", "MLP": "mlp"}[part], Strange())
+        with pytest.raises(UnsupportedModelError, match=rf"The {part} .*Strange cannot be hooked"):
+            HookedViT(module)
+
+
+def test_subclasses_that_override_what_hooking_relies_on_are_refused():
+    class Changed(VisionTransformer):
+        def _pos_embed(self, x):
+            return super()._pos_embed(x) * 2
+
+    class Renamed(VisionTransformer):
+        """Changes nothing."""
+
+    with pytest.raises(UnsupportedModelError, match="Changed overrides _pos_embed of VisionTransformer"):
+        HookedViT(Changed(**TINY).eval())
+    assert HookedViT(Renamed(**TINY).eval()).branches == 4
+
+
+def test_a_subclass_with_a_forward_of_its_own_needs_an_adapter_of_its_own(images):
+    class Doubled(VisionTransformer):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    module = Doubled(**TINY).eval()
+    with pytest.raises(UnsupportedModelError, match="no adapter for"):
+        HookedViT(module)
+    parent = type(find_adapter(TINY_MODELS["class_token"]()))
+    register_adapter(f"{Doubled.__module__}:{Doubled.__qualname__}")(type("DoubledAdapter", (parent,), {}))
+    assert torch.equal(HookedViT(module)(images), module(images))
+
+
+def test_a_class_has_one_adapter():
+    class Mine(Adapter):
+        """Never used."""
+
+    with pytest.raises(ValueError, match=r"has an adapter already.*subclass"):
+        register_adapter("timm.models.vision_transformer:VisionTransformer")(Mine)
+    register_adapter("a_package:A")(Mine)
+    with pytest.raises(ValueError, match="Mine"):
+        register_adapter("a_package:A")(Mine)
+
+
+# Images ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[0], r"\[batch, 3, 32, 32\]; got \[3, 32, 32\].*images\[None\]"),
+        (lambda x: x[:0], "at least one image"),
+        (lambda x: x[:, :1], "3 channels"),
+        (lambda x: x.permute(0, 2, 3, 1), r"Channels come first: images\.permute"),
+        (lambda x: x[..., :24], r"got \[3, 3, 32, 24\].*resize them to 32 × 32"),
+        (lambda x: x.to(torch.uint8), r"floating point.*uint8.*model\.preprocess"),
+        (lambda x: x.double(), r"model is torch\.float32.*images\.to\(torch\.float32\)"),
+        (lambda x: x.to("meta"), r"model is on cpu and the images are on meta"),
+        (lambda x: [x], r"must be a tensor.*got list"),
+    ],
+)
+def test_bad_images_are_refused_with_advice(model, images, change, message):
+    with pytest.raises(InputError, match=message):
+        model(change(images))
+    with pytest.raises(InputError, match=message):
+        model.check_images(change(images))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_refused_by_number(model, images, value):
+    images[1, 0, 3, 3] = value
+    with pytest.raises(InputError, match="image 1 of 3 has NaN or infinite"):
+        model.check_images(images)
+
+
+def test_good_images_pass(model, images):
+    model.check_images(images)
+
+
+def test_dynamic_sizes_must_tile_into_patches():
+    model = HookedViT(TINY_MODELS["dynamic_size"]())
+    with pytest.raises(InputError, match="multiples of 8 and 8"):
+        model(torch.zeros(1, 3, 36, 32))
+    padded = HookedViT(TINY_MODELS["dynamic_size_padded"]())
+    assert torch.equal(padded(torch.ones(1, 3, 36, 30)), padded.original(torch.ones(1, 3, 36, 30)))
+
+
+def test_autocast_takes_images_of_another_dtype(model, images):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(images.to(torch.bfloat16)), model.original(images.to(torch.bfloat16)))
+
+
+def test_masks_are_refused(model, images):
+    with pytest.raises(InputError, match="attn_mask must be None"):
+        model.tower(images, is_causal=True)
