@@ -53,6 +53,7 @@ class FrozenGraph:
     parameters: Mapping[str, str]
     constants: Mapping[str, Tensor]
     owner: Graph
+    _cuts: dict[tuple[str, ...] | None, Cut] = field(default_factory=dict, repr=False)
     _programs: dict[Any, "_Compiled"] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,9 +77,11 @@ class FrozenGraph:
         Raises:
             UnknownNameError: If the graph has no such point.
         """
-        if points is None:
-            return walk(self.nodes, self.root, self.live, None)
-        return walk(self.nodes, self.root, self.live, {name: self._node(name) for name in points})
+        key = None if points is None else tuple(points)
+        if key not in self._cuts:
+            named = None if key is None else {name: self._node(name) for name in key}
+            self._cuts[key] = walk(self.nodes, self.root, self.live, named)
+        return self._cuts[key]
 
     def _node(self, name: str) -> Node:
         if name in self.points:
