@@ -45,14 +45,24 @@ def read_outs(model):
         module = getattr(model, name, None)
         if isinstance(module, nn.Module) and hasattr(module, "eps"):
             yield module, frozen_norm(module)
+    for block in blocks_of(model):
+        # Norms behind a branch lie between it and the stream.
+        behind = ("norm1", "norm2") if type(block).__name__ == "ResPostBlock" else ("ln_attn",)
+        for module in (getattr(block, name, None) for name in behind):
+            if hasattr(module, "eps"):
+                yield module, frozen_norm(module)
     if getattr(model, "attn_pool", None) is not None:
         yield model.attn_pool, frozen_pool(model.attn_pool)
 
 
+def blocks_of(model):
+    """The blocks of a model of timm or open_clip."""
+    return model.blocks if hasattr(model, "blocks") else model.transformer.resblocks
+
+
 def branch_ends(model):
     """The modules whose outputs are added to the stream, by the labels of layers."""
-    blocks = model.blocks if hasattr(model, "blocks") else model.transformer.resblocks
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(blocks_of(model)):
         attn, mlp = ("drop_path1", "drop_path2") if hasattr(block, "drop_path1") else ("ls_1", "ls_2")
         yield f"attn.{i}", getattr(block, attn)
         yield f"mlp.{i}", getattr(block, mlp)
@@ -60,8 +70,7 @@ def branch_ends(model):
 
 def out_projections(model):
     """Each block's attention output projection and number of heads."""
-    blocks = model.blocks if hasattr(model, "blocks") else model.transformer.resblocks
-    for block in blocks:
+    for block in blocks_of(model):
         attn = block.attn
         yield (attn.proj if hasattr(attn, "proj") else attn.out_proj), attn.num_heads
 
@@ -103,13 +112,11 @@ def frozen(model, *, scaled=None, alpha=None, head=None, value_layer=None, leaf=
                 handle = projection.register_forward_pre_hook(before)
                 stack.callback(handle.remove)
         if value_layer is not None:
-            blocks = list(model.blocks)
-
             def at_qkv(module, inputs, out):
                 leaf["qkv"] = out.detach().requires_grad_()
                 return leaf["qkv"]
 
-            handle = blocks[value_layer].attn.qkv.register_forward_hook(at_qkv)
+            handle = model.blocks[value_layer].attn.qkv.register_forward_hook(at_qkv)
             stack.callback(handle.remove)
         yield
 

@@ -22,15 +22,17 @@ LAYERS = (
     {"hooked"},
     {"capture"},
     {"decompose"},
-    {"weights"},
+    {"certificate"},
+    {"measures"},
     {"verify"},
+    {"class_names", "weights"},
+    {"explanation"},
     {"pictures"},
     {"explain"},
     {"cli"},
     {"__main__"},
 )
-FROZEN = ("rules", "walk", "replay", "pairs", "adjoints", "program", "slow", "graph", "trace")
-LIBRARIES = {"timm": {"hooked"}, "open_clip": {"hooked"}}
+FROZEN = ("rules", "walk", "replay", "pairs", "adjoints", "compiled", "program", "slow", "graph", "trace")
 
 
 def imports(path):

@@ -118,7 +118,7 @@ def decompose(
         values, total = values / norm, total / norm
     parts = Decomposition(values, labels, total, complete=whole, coverage=reading.coverage, metadata=reading.metadata)
     parts = _without_idle_interventions(parts)
-    return parts.check_gap() if whole else parts
+    return parts.check_gap() if whole and _is_exact(images) else parts
 
 
 def attribute(
@@ -165,6 +165,7 @@ def attribute(
     reading = _read(model, images, by, of, directions, tokens=False)
     directions = reading.along
     values, vectors = _contributions(reading, components, batch_size, max_bytes)
+    vectors = vectors.to(values.dtype)
     whole, labels = reading.labelled(components)
     if of == "embedding":
         norm = vectors.norm(dim=-1, keepdim=True)
@@ -179,7 +180,7 @@ def attribute(
         directions=None if names is None else tuple(names),
     )
     scores = _without_idle_interventions(scores)
-    if whole:
+    if whole and _is_exact(images):
         _check_scores(scores, vectors, directions)
     return scores
 
@@ -235,7 +236,7 @@ def attribute_tokens(
         maps.divide(norm)
         vectors = vectors / norm
     scores = maps.result(vectors @ directions.T, names)
-    if scores.complete:
+    if scores.complete and _is_exact(images):
         _check_scores(scores, vectors, directions)
     return scores
 
@@ -388,7 +389,7 @@ def _contributions(
         in_order = [written[point.hook] for point in reading.met] + [written[name] for name in reading.changed]
         values = torch.cat([*in_order, program.shifted(weights, batch)])
         pieces.append(values if len(rows) == len(everything) else values[rows])
-        totals.append(captured.total.to(values.dtype))
+        totals.append(captured.total)
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)), torch.cat(totals)
 
 
@@ -503,6 +504,11 @@ def _without_idle_interventions(parts: Any) -> Any:
     return replace(kept, complete=parts.complete)
 
 
+def _is_exact(images: Tensor) -> bool:
+    """Whether the model runs in a precision in which a gap is an error; in half precision it is only reported."""
+    return images.dtype in TOLERANCES and not torch.is_autocast_enabled(images.device.type)
+
+
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -517,9 +523,8 @@ def _check_scores(
         GapError: Names the worst image and direction.
     """
     rest = scores.rest
-    tolerance = TOLERANCES.get(vectors.dtype)
-    if rest is None or tolerance is None:
-        return
+    tolerance = TOLERANCES[vectors.dtype]
+    assert rest is not None
     scale = vectors.norm(dim=-1)[:, None] * directions.norm(dim=-1)
     gap = (rest.abs() / scale).nan_to_num(nan=torch.inf).masked_fill(rest == 0, 0)
     if not bool((gap <= tolerance).all()):
