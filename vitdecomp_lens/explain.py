@@ -13,10 +13,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vitdecomp_lens.class_names import ClassNames
-from vitdecomp_lens.components import By
-from vitdecomp_lens.decompose import attribute_tokens
+from vitdecomp_lens.components import By, TokenGrid
+from vitdecomp_lens.decompose import attribute, attribute_tokens
+from vitdecomp_lens.decomposition import Attribution
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
-from vitdecomp_lens.explanation import Contribution, Explanation, Heatmap, Prediction, Rectangle, kind_of, share_of
+from vitdecomp_lens.explanation import Contribution, Explanation, Heatmap, Prediction, Rectangle, share_of
 from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.tokens import TokenAttribution
 
@@ -111,13 +112,14 @@ class Explainer:
         if self.relative:
             direction -= 1 / len(logits)
         with torch.no_grad():
-            scores = attribute_tokens(self.model, image, direction.to(image), by=self.by, of="logits").to("cpu")
+            scores = attribute(self.model, image, direction.to(image), by=self.by, of="logits").cpu()
+            tokens = attribute_tokens(self.model, image, direction.to(image), by=self.by, of="logits").cpu()
         logit = float(scores.total)  # type: ignore[arg-type]
-        contributions = tuple(_contributions(scores, logit))
+        contributions = tuple(_contributions(scores, tokens, logit))
         return Explanation(
             image=name,
             size=upright.size,
-            seen=_covered(self.model.preprocess_geometry(upright), scores, image),
+            seen=_covered(self.model.preprocess_geometry(upright), tokens.grid, image),
             model=_model_name(self.model),
             by=self.by,
             relative=self.relative,
@@ -126,9 +128,9 @@ class Explainer:
             logit=logit,
             predictions=tuple(self._predictions(logits)),
             contributions=contributions,
-            prefix=_prefix(scores),
-            heatmap=Heatmap("all", sum(_patches(scores, label) for label in scores.labels)),  # type: ignore[arg-type]
-            top=tuple(Heatmap(label, _patches(scores, label)) for label in _strongest(contributions, self.top)),
+            prefix=_prefix(tokens),
+            heatmap=Heatmap("all", sum(_patches(tokens, label) for label in tokens.labels)),  # type: ignore[arg-type]
+            top=tuple(Heatmap(label, _patches(tokens, label)) for label in _strongest(contributions, self.top)),
             gap=float(scores.rest.abs().max()) / float(logits.abs().max()),  # type: ignore[union-attr]
         )
 
@@ -153,19 +155,22 @@ def _model_name(model: HookedViT) -> str:
     return str(configured.get("architecture") or model.cfg.model_name)
 
 
-def _contributions(scores: TokenAttribution, logit: float) -> Iterator[Contribution]:
-    whole = scores.sum_tokens()
-    rows = sorted(range(len(whole)), key=lambda row: -float(whole.values[row]))
-    tokened = set(scores.labels)
-    for row in rows:
-        component, score = whole.components[row], float(whole.values[row])
-        prefix = float(_prefix_of(scores, component.label).sum()) if component.label in tokened else None
-        yield Contribution(component.label, kind_of(component), score, share_of(score, logit), prefix)
+def _contributions(scores: Attribution, tokens: TokenAttribution, logit: float) -> Iterator[Contribution]:
+    tokened = set(tokens.labels)
+    for row in sorted(range(len(scores)), key=lambda row: -float(scores.values[row])):
+        component, score = scores.components[row], float(scores.values[row])
+        patches = prefix = None
+        if component.label in tokened:
+            patches, prefix = (
+                float(_patches(tokens, component.label).sum()),
+                float(_prefix_of(tokens, component.label).sum()),
+            )
+        yield Contribution(component.label, component.kind, score, share_of(score, logit), patches, prefix)
 
 
 def _strongest(contributions: Sequence[Contribution], count: int) -> list[str]:
     """Labels of the components that write most from patches, in either direction; highest first."""
-    scores = {one.component: one.score - one.prefix for one in contributions if one.prefix is not None}
+    scores = {one.component: one.patches for one in contributions if one.patches is not None}
     chosen = sorted(scores, key=lambda label: -abs(scores[label]))[:count]
     return sorted(chosen, key=lambda label: -scores[label])
 
@@ -184,10 +189,10 @@ def _patches(scores: TokenAttribution, label: str) -> Float[Tensor, "row column"
     return scores[label][0, len(grid.prefix) :, 0].double().reshape(grid.rows, grid.columns)
 
 
-def _covered(seen: Rectangle, scores: TokenAttribution, image: Tensor) -> Rectangle:
+def _covered(seen: Rectangle, grid: TokenGrid, image: Tensor) -> Rectangle:
     """Where the patches lie on the photograph: they may cover more than the input (padding), or less."""
     left, top, right, bottom = seen
-    height, width = scores.grid.image_size
+    height, width = grid.image_size
     return (
         left,
         top,

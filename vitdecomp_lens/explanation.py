@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from vitdecomp_lens.components import By, Component
+from vitdecomp_lens.components import By
 
 FORMAT, VERSION = "vitdecomp_lens.explanations", 1
 Rectangle = tuple[float, float, float, float]
@@ -45,14 +45,16 @@ class Contribution:
         kind: Its kind, such as ``"head"`` or ``"constant"``.
         score: What it adds to the logit.
         share: Score divided by the logit that is explained; None where that is zero.
-        prefix: What of the score came from prefix tokens (class token, registers), which have no place on the image;
-            None for a component that has no tokens at all.
+        patches: What of the score came from patches; None for a component that has no tokens at all.
+        prefix: What of the score came from prefix tokens (class token, registers), which have no place on the image.
+            Where ``by`` leaves attention whole, its output bias is part of the score and came from no token.
     """
 
     component: str
     kind: str
     score: float
     share: float | None
+    patches: float | None
     prefix: float | None
 
 
@@ -120,7 +122,8 @@ class Explanation:
     @property
     def elsewhere(self) -> float:
         """What came from no token: constants, and components that read none."""
-        return sum(one.score for one in self.contributions if one.prefix is None)
+        tokens = sum(((one.patches or 0.0) + (one.prefix or 0.0) for one in self.contributions), 0.0)
+        return sum((one.score for one in self.contributions), -tokens)
 
     def strongest(self, count: int) -> tuple[Contribution, ...]:
         """The components that write most in either direction, highest score first; constants are left out."""
@@ -220,11 +223,6 @@ class Explanation:
         return table
 
 
-def kind_of(component: Component) -> str:
-    """The kind of a component, as JSON has it."""
-    return str(component.kind)
-
-
 def share_of(score: float, logit: float) -> float | None:
     """Score divided by logit; None for a logit of zero, of which nothing is a share.
 
@@ -244,10 +242,10 @@ def printable(text: str) -> str:
 
 
 def _row(label: str, several: list[Contribution], logit: float) -> tuple[Text, ...]:
-    score = sum(one.score for one in several)
-    tokened = [one for one in several if one.prefix is not None]
-    prefix = sum(one.prefix or 0.0 for one in tokened)
-    patches = sum(one.score for one in tokened) - prefix
+    score = sum((one.score for one in several), 0.0)
+    tokened = [one for one in several if one.patches is not None]
+    patches = sum((one.patches or 0.0 for one in tokened), 0.0)
+    prefix = sum((one.prefix or 0.0 for one in tokened), 0.0)
     share = share_of(score, logit)
     style = "green" if score > 0 else "red"
     return (

@@ -52,6 +52,7 @@ def _leaves(output: Any) -> list[Tensor]:
     return [leaf for item in output or () for leaf in _leaves(item)] if isinstance(output, list | tuple) else []
 
 
+@torch.no_grad()
 def parity(model: HookedViT, images: Tensor) -> Parity:
     """Compare the hooked model's output with the original's."""
     expected = _leaves(model.original(images))
@@ -77,6 +78,7 @@ def _difference(expected: Tensor, value: Tensor) -> float:
 # --- gaps -------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def cut_checks(
     single: HookedViT, images: Tensor, *, seed: int, max_bytes: int, say: Progress
 ) -> tuple[tuple[CutCheck, ...], Coverage | None]:
@@ -173,6 +175,7 @@ def _vectors(model: HookedViT, images: Tensor, of: str) -> Float[Tensor, "batch 
 # --- hooks ------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def hook_checks(model: HookedViT, images: Tensor, *, seed: int, say: Progress) -> tuple[HookCheck, ...]:
     """Add noise at each hook in turn, and see whether the output changes."""
     images = images.to(weight(model))
@@ -210,6 +213,7 @@ def _excuse(name: str, shapes: dict[str, torch.Size]) -> str:
 # --- cost -------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def cost(model: HookedViT, images: Tensor) -> Cost | None:
     """Time ``decompose(by="head")`` beside the plain forward; None where nothing can be decomposed."""
     batch = images[torch.arange(COST_BATCH) % len(images)].to(weight(model))

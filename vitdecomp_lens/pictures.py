@@ -132,9 +132,10 @@ class _Drawing:
 
         one = self.explanation
         shown = one.strongest(10)
-        rest = sum(c.score for c in one.contributions if c.kind != "constant" and c not in shown)
-        constants = sum(c.score for c in one.contributions if c.kind == "constant")
-        rows = [*((c.component, c.score) for c in shown), ("others", rest), ("constants", constants)]
+        others = [c.score for c in one.contributions if c.kind != "constant" and c not in shown]
+        constants = [c.score for c in one.contributions if c.kind == "constant"]
+        rows = [(c.component, c.score) for c in shown]
+        rows += [(name, sum(scores)) for name, scores in (("others", others), ("constants", constants)) if scores]
         names, scores = [textwrap.shorten(printable(name), 24) for name, _ in rows], [score for _, score in rows]
         colours = colormaps[COLOURS]
         drawn = axes.barh(range(len(rows)), scores, color=[colours(0.85 if s > 0 else 0.15) for s in scores])
@@ -166,7 +167,8 @@ class _Drawing:
             axes.set_xlim(left, right)
             axes.set_ylim(bottom, top)
             one = contributions[maps[place].of]
-            prefix = f", {_signed(one.prefix)} of it from {source}" if abs(one.prefix or 0) >= 0.005 else ""
+            held = one.prefix or 0.0
+            prefix = f", {_signed(held)} of it from {source}" if abs(held) >= 0.005 else ""
             axes.set_title(printable(one.component), fontsize=9, fontweight="bold", parse_math=False)
             axes.set_xlabel(f"{_signed(one.score)}{prefix}", fontsize=7.5, color=GREY)
         part.suptitle("Components that write most from patches, on one scale", fontsize=10, color="0.2")

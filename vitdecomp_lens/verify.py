@@ -74,17 +74,16 @@ def verify(
     single = HookedViT(subject.module)
     images = (_random_images(single, count, seed) if images is None else images).to(measures.weight(single))
     single.check_images(images)
-    with torch.no_grad():
-        say("parity with the original", 0.0)
-        parity = measures.parity(single, images)
-        cuts, coverage = measures.cut_checks(
-            single, images, seed=seed, max_bytes=max_bytes, say=lambda what, share: say(what, 0.02 + 0.6 * share)
-        )
-        hooks = measures.hook_checks(
-            measures.double(single), images[:1], seed=seed, say=lambda what, share: say(what, 0.62 + 0.3 * share)
-        )
-        say("cost", 0.92)
-        cost = None if coverage is None else measures.cost(single, images)
+    say("parity with the original", 0.0)
+    parity = measures.parity(single, images)
+    cuts, coverage = measures.cut_checks(
+        single, images, seed=seed, max_bytes=max_bytes, say=lambda what, share: say(what, 0.02 + 0.6 * share)
+    )
+    hooks = measures.hook_checks(
+        measures.double(single), images[:1], seed=seed, say=lambda what, share: say(what, 0.62 + 0.3 * share)
+    )
+    say("cost", 0.92)
+    cost = None if coverage is None else measures.cost(single, images)
     say("done", 1.0)
     noise = f"; all parameters perturbed on a copy (seed {seed})" if subject.perturbed else ""
     return Certificate(
