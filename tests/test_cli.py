@@ -270,6 +270,22 @@ def test_classes_can_be_named_by_a_file(photographs, tmp_path, capsys):
     assert "What writes the logit of dog (1)" in capsys.readouterr().out
 
 
+def test_a_file_of_explanations_that_is_not_whole_does_not_stay(photographs, tmp_path, monkeypatch, capsys):
+    drawn = []
+
+    def stop_at_the_second(explanation, *_args):
+        drawn.append(explanation)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "save_picture", stop_at_the_second)
+    out = tmp_path / "out"
+    assert main(["explain", *photographs, "--model", "test_vit", "--out", str(out)]) == 130
+    assert "Stopped." in capsys.readouterr().err
+    assert len(drawn) == 2
+    assert not list(out.iterdir())
+
+
 def test_a_folder_that_cannot_be_written_is_our_error(photographs, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert main(["explain", photographs[0], "--model", "test_vit", "--out", str(tmp_path / "file" / "out")]) == 2

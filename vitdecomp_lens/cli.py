@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options, errors)
     except VitDecompError as error:
-        errors.print(Text.assemble(("Error: ", "bold red"), printable(str(error))), soft_wrap=True)
+        _say_error(errors, error)
         return 2
     except KeyboardInterrupt:
         errors.print("Stopped.")
@@ -176,41 +175,82 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be written: {error}. Choose another place.") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{str(path)!r} cannot be written: {error}. Choose another place.")
+
+
+def _say_error(errors: Console, error: VitDecompError) -> None:
+    errors.print(Text.assemble(("Error: ", "bold red"), printable(str(error))), soft_wrap=True)
 
 
 # --- explain ----------------------------------------------------------------------------------------------------
 
 
 def _explain(options: argparse.Namespace, errors: Console) -> int:
-    tables, draws = _tables(), can_draw()
+    tables, draws, count = _tables(), can_draw(), len(options.photographs)
     names = PictureNames(options.out)
-    done: list[dict[str, Any]] = []
     failed = 0
     with _progress(errors, "loading") as (progress, task):
         explainer = _explainer(options, errors)
-        for number, path in enumerate(options.photographs):
-            progress.update(
-                task, description=printable(Path(path).name)[:30], completed=number / len(options.photographs)
-            )
-            try:
-                explanation = explainer.explain(path, name=path)
-            except InputError as error:
-                failed += 1
-                progress.console.print(Text.assemble(("Error: ", "bold red"), printable(str(error))), soft_wrap=True)
-                continue
-            picture = _draw(explanation, names) if draws else None
-            tables.print(explanation.table(options.top))
-            tables.print()
-            done.append(explanation.as_dict() | {"picture": picture})
-    if done:
-        content = {"format": FORMAT, "version": VERSION, "explanations": done}
-        _write(options.out / "explanations.json", json.dumps(content, ensure_ascii=False, allow_nan=False))
-        pictures = f"{len(done)} pictures and explanations.json" if draws else "explanations.json"
-        errors.print(Text(f"Written to {printable(str(options.out))}: {pictures}."), soft_wrap=True)
+        with ExplanationsFile(options.out / "explanations.json") as file:
+            for number, path in enumerate(options.photographs):
+                progress.update(task, description=printable(Path(path).name)[:30], completed=number / count)
+                try:
+                    explanation = explainer.explain(path, name=path)
+                except InputError as error:
+                    failed += 1
+                    _say_error(progress.console, error)
+                    continue
+                tables.print(explanation.table(options.top))
+                tables.print()
+                file.add(explanation, picture=_draw(explanation, names) if draws else None)
+    if file.count:
+        pictures = f"{file.count} {'picture' if file.count == 1 else 'pictures'} and " if draws else ""
+        errors.print(Text(f"Written to {printable(str(options.out))}: {pictures}explanations.json."), soft_wrap=True)
     if not draws:
         errors.print(Text(INSTALL), soft_wrap=True)
     return 1 if failed else 0
+
+
+class ExplanationsFile:
+    """One JSON file of explanations, written as they come; it has its name only once it is whole.
+
+    Args:
+        path: The file. Its folder is made with the first explanation.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        self.part = path.with_name(path.name + ".part")
+
+    def __enter__(self) -> "ExplanationsFile":
+        return self
+
+    def add(self, explanation: Explanation, *, picture: str | None) -> None:
+        """Write one more, with the name of its picture."""
+        head = json.dumps({"format": FORMAT, "version": VERSION})[:-1] + ', "explanations": [\n'
+        packed = explanation.as_dict() | {"picture": picture}
+        text = json.dumps(packed, ensure_ascii=False, allow_nan=False)
+        self._append((",\n" if self.count else head) + text, mode="a" if self.count else "w")
+        self.count += 1
+
+    def _append(self, text: str, *, mode: str = "a") -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.part.open(mode, encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.count and kind is None:
+            self._append("\n]}\n")
+            self.part.replace(self.path)
+        elif self.count:
+            self.part.unlink(missing_ok=True)
 
 
 def _explainer(options: argparse.Namespace, errors: Console) -> Explainer:
@@ -242,7 +282,7 @@ def _draw(explanation: Explanation, names: "PictureNames") -> str:
         names.folder.mkdir(parents=True, exist_ok=True)
         save_picture(explanation, open_upright(explanation.image), names.folder / name)
     except OSError as error:
-        raise InputError(f"{str(names.folder / name)!r} cannot be written: {error}. Choose another --out.") from error
+        raise _unwritable(names.folder / name, error) from error
     return name
 
 
