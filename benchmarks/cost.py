@@ -124,7 +124,9 @@ def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[st
             for work, run in works.items():
                 times[work].append(seconds(run, device))
         memory = {work: peak_bytes(works[work], device) for work in ("plain", "decompose", "attribute_tokens")}
-    ratios = {work: [t / p for t, p in zip(times[work], times["plain"], strict=True)] for work in works if work != "plain"}
+    ratios = {
+        work: [t / p for t, p in zip(times[work], times["plain"], strict=True)] for work in works if work != "plain"
+    }
     plain_peak = memory["plain"][0] - memory["plain"][1]
     return {
         "model": name,
@@ -149,7 +151,8 @@ def table(results: list[dict]) -> Table:
         shown.add_column(column)
     for found in results:
         cells = [
-            f"{found['ratio'][work]:.3f} [{found['spread'][work][0]:.2f}, {found['spread'][work][1]:.2f}]" for work in works
+            f"{found['ratio'][work]:.3f} [{found['spread'][work][0]:.2f}, {found['spread'][work][1]:.2f}]"
+            for work in works
         ]
         shown.add_row(
             f"{found['model']}, {found['batch']}",

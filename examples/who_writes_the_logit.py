@@ -39,7 +39,8 @@ def without_it(z: torch.Tensor, hook: object) -> torch.Tensor:
 
 with model.hooks([(f"blocks.{strongest[1]}.attn.hook_z", without_it)]):
     in_a_run = model(images)[:, predicted]
-print(f"without {strongest}: logit {parts.total[0, predicted]:.3f} → {directly[0]:.3f} directly, {in_a_run[0]:.3f} in a run")
+before, after = parts.total[0, predicted], directly[0]
+print(f"without {strongest}: logit {before:.3f} → {after:.3f} directly, {in_a_run[0]:.3f} in a run")
 
 # Where in the image it comes from.
 tokens = attribute_tokens(model, images, one_hot, of="logits")

@@ -106,12 +106,15 @@ def frozen(model, *, scaled=None, alpha=None, head=None, value_layer=None, leaf=
 
                 def before(module, inputs, heads=heads):
                     split = inputs[0].detach().unflatten(-1, (heads, -1))
-                    factor = torch.ones(heads, 1, dtype=split.dtype).index_put((torch.tensor([head]),), alpha.reshape(1, 1))
+                    factor = torch.ones(heads, 1, dtype=split.dtype).index_put(
+                        (torch.tensor([head]),), alpha.reshape(1, 1)
+                    )
                     return ((split * factor).flatten(-2),)
 
                 handle = projection.register_forward_pre_hook(before)
                 stack.callback(handle.remove)
         if value_layer is not None:
+
             def at_qkv(module, inputs, out):
                 leaf["qkv"] = out.detach().requires_grad_()
                 return leaf["qkv"]

@@ -36,7 +36,9 @@ def test_an_ablated_head_writes_nothing_and_later_heads_react():
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_mid", "blocks.1.hook_attn_out", "hook_full_embed"])
+@pytest.mark.parametrize(
+    "hook", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_mid", "blocks.1.hook_attn_out", "hook_full_embed"]
+)
 def test_what_a_hook_changes_on_the_path_is_a_component(hook, in_place):
     model, images = tiny()
     added = torch.randn(32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -118,7 +120,9 @@ def test_a_changed_representation_is_a_component():
     assert logits.gap.max() < 1e-10
 
 
-@pytest.mark.parametrize("name", ["distilled", "siglip", "open_clip", "parallel_scaling", "post_norm", "mean_pool_fc_norm"])
+@pytest.mark.parametrize(
+    "name", ["distilled", "siglip", "open_clip", "parallel_scaling", "post_norm", "mean_pool_fc_norm"]
+)
 def test_interventions_compose_in_every_family(name):
     model, images = tiny(name)
     hook = "blocks.1.hook_resid_pre"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 from transformer_lens.hook_points import HookPoint
 
@@ -46,7 +46,6 @@ def changed_on_the_path(graph: FrozenGraph, cut: Cut, points: Mapping[str, HookP
 
 
 def capture(
-    model: nn.Module,
     run: Callable[[Tensor], Any],
     images: Float[Tensor, "batch channel height width"],
     points: Mapping[str, HookPoint],
@@ -54,7 +53,16 @@ def capture(
     program: CompiledCut,
     changed: Iterable[str],
 ) -> Captured:
-    """Run a model once and keep what a program reads."""
+    """Run a model once and keep what a program reads.
+
+    Args:
+        run: Runs the model.
+        images: What it runs on.
+        points: The model's hook points.
+        graph: The model, traced as it is hooked.
+        program: The compiled cut.
+        changed: Hook points whose users' changes are components.
+    """
     changed = set(changed)
     values: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}

@@ -5,7 +5,7 @@ the model natively, and take what it computed through the compiled cut. They kno
 `Decomposable` says.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,6 +46,9 @@ class Decomposable(Protocol):
     """
 
     hook_dict: dict[str, HookPoint]
+
+    def __call__(self, images: Tensor) -> Any:
+        """Run the model."""
 
     def component_points(self, by: By) -> tuple[Point, ...]:
         """Where components are read."""
@@ -248,7 +251,7 @@ def attribute_tokens(
 class _Reading:
     """A model, traced and compiled for one request."""
 
-    model: nn.Module
+    model: Decomposable
     images: Tensor
     by: By
     of: Read
@@ -309,7 +312,8 @@ class _Reading:
     @property
     def metadata(self) -> dict[str, Any]:
         of = self.of if isinstance(self.of, str) else getattr(self.of, "__name__", "function")
-        return {"by": self.by, "of": of, "model": getattr(self.model, "cfg").model_name}  # noqa: B009
+        named = getattr(self.model, "cfg", None)  # third parties may have none
+        return {"by": self.by, "of": of, "model": getattr(named, "model_name", type(self.model).__name__)}
 
 
 def _read(model: nn.Module, images: Any, by: By, of: Read, directions: Tensor | None, *, tokens: bool) -> _Reading:
@@ -364,12 +368,11 @@ def _runs(reading: _Reading, batch_size: int | None) -> Iterator[tuple[int, Capt
     elif batch_size < 1:
         raise InputError(f"batch_size= must be at least 1; got {batch_size}.")
     of, model = reading.of, reading.model
-    run: Callable[[Tensor], Any] = (lambda piece: of(model, piece)) if callable(of) else model
+    run: Callable[[Tensor], Any] = (lambda piece: of(model, piece)) if callable(of) else model  # type: ignore[arg-type]
     with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
         for first in range(0, len(images), batch_size):
             piece = images[first : first + batch_size]
-            points: Mapping[str, HookPoint] = model.hook_dict  # type: ignore[assignment]
-            yield first, capture(model, run, piece, points, reading.graph, reading.program, reading.changed)
+            yield first, capture(run, piece, model.hook_dict, reading.graph, reading.program, reading.changed)
 
 
 def _contributions(
@@ -438,7 +441,7 @@ class _TokenMaps:
             self._add_others(captured, weights, slice(first, first + batch))
         return captured.total.to(program.dtype)
 
-    def _add_point(self, point: Point, kept: Tensor, weights: Mapping[int, Tensor], images: slice) -> None:
+    def _add_point(self, point: Point, kept: Tensor, weights: Any, images: slice) -> None:
         mine = self.reading.components_of(point)
         places = [self.place[c] for c in mine if c in self.place]
         if not places:
@@ -458,7 +461,7 @@ class _TokenMaps:
             chosen = [number for number, component in enumerate(mine) if component in self.place]
             self.values[places, images, point.skipped_tokens :] = scratch[chosen]
 
-    def _add_others(self, captured: Captured, weights: Mapping[int, Tensor], images: slice) -> None:
+    def _add_others(self, captured: Captured, weights: Any, images: slice) -> None:
         reading, batch = self.reading, len(captured.total)
         without = [p for p in reading.met if p.token_axis is None]
         names = [p.hook for p in without] + list(reading.changed)
