@@ -154,7 +154,7 @@ def reshapes(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     return [(source, reshape(pairs, on.tape, sizes(source), sizes(node)))]
 
 
-@adjoint("aten::permute", "aten::transpose", "aten::swapaxes", "aten::t", "aten::numpy_T", "aten::movedim")
+@adjoint("aten::permute", "aten::transpose", "aten::swapaxes", "aten::t", "aten::numpy_T", "aten::mT", "aten::movedim")
 def permutes(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """Both factors are permuted back; the order is found by permuting the numbers of the dimensions."""
     source, dims = _input(node), len(sizes(node))
@@ -178,10 +178,11 @@ def _before_copies(node: Node, source: Node, pairs: Pairs, on: Adjoint) -> Pairs
     """Pairs before ``source`` is broadcast to the shape of ``node``."""
     inner, outer = _aligned_shape(sizes(source), len(sizes(node))), sizes(node)
     copied = [d for d, (i, o) in enumerate(zip(inner, outer, strict=True)) if i != o]
+    pairs = settle(pairs, on.tape, [d for d in copied if pairs.owners[d] == "both"], "M")
     weights, maps = pairs.weights, pairs.maps
     if mine := [1 + d for d in copied if pairs.owners[d] == "A"]:
         weights = on.tape.step(lambda a: a.sum(mine, keepdim=True), weights)
-    if pairs.batch in copied or any(pairs.owners[d] == "both" for d in copied):
+    if pairs.batch in copied:
         raise NoFastPathError("an expansion over the batch")
     if theirs := [2 + d for d in copied if pairs.owners[d] == "M"]:
         maps = maps.sum(theirs, keepdim=True)
@@ -441,7 +442,7 @@ def _through_matrix(pairs: Pairs, tape: Tape, weight: Tensor) -> Pairs:
     return replace(pairs, maps=pairs.maps @ weight)
 
 
-@adjoint("aten::matmul", "aten::mm", "aten::bmm")
+@adjoint("aten::matmul", "aten::mm")
 def multiplies_matrices(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """A product with a constant matrix, or an attention pattern with its values."""
     left, right = node.args[:2]

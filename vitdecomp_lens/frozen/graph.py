@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from vitdecomp_lens.errors import CapacityError, IncompleteCutError, UnknownNameError, VitDecompWarning, near_matches
 from vitdecomp_lens.frozen.compiled import CompiledCut
+from vitdecomp_lens.frozen.fingerprint import fingerprint
 from vitdecomp_lens.frozen.pairs import NoFastPathError
 from vitdecomp_lens.frozen.program import compile_cut
 from vitdecomp_lens.frozen.replay import replayed
@@ -153,6 +154,8 @@ class FrozenGraph:
         ahead, seen = [node], set()
         while ahead:
             n = ahead.pop(0)
+            if n.name in self.constants:
+                found.append(n.name.removeprefix("c_").removeprefix("module_"))
             if n.name in self.parameters:
                 found.append(names.get(id(self.weight(n)), self.parameters[n.name]))
             ahead += [i for i in n.all_input_nodes if i not in seen and i not in self.live]
@@ -247,14 +250,7 @@ class FrozenGraph:
         return found
 
     def _state(self, weights: Sequence[Node]) -> tuple[Any, ...]:
-        """What tells whether weights are what they were: where they lie, their versions, and their bits.
-
-        Versions miss what is written through ``.data``; the sum of the bits sees that.
-        """
-        tensors = [self.weight(node).detach() for node in weights]
-        places = tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
-        sums = [t.view(_BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
-        return places, tuple(torch.stack(sums).tolist()) if sums else ()
+        return fingerprint(self.weight(node) for node in weights)
 
     # --- the slow way -------------------------------------------------------------------------------------
 
@@ -316,9 +312,6 @@ class _Compiled:
             and torch.equal(directions, self.directions)
         )
         return same and self.state == graph._state(self.weights)
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _warn_of_the_slow_way(error: Exception) -> None:

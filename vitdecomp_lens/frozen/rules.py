@@ -135,7 +135,7 @@ def _live_inputs(node: Node, live: Container[Node]) -> tuple[Node, ...]:
 
 @rule(
     *aten(
-        "view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T movedim swapaxes"
+        "view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T mT movedim swapaxes"
         " expand expand_as view_as reshape_as repeat alias contiguous clone detach lift_fresh_copy to _to_copy type_as"
         " slice select narrow roll flip pad constant_pad_nd unfold im2col col2im pixel_shuffle pixel_unshuffle"
         " mean sum avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d"
@@ -226,8 +226,7 @@ def is_statistic(node: Any, kept: Any) -> bool:
 
     Several: a root of every single entry is a nonlinearity like any other.
     """
-    while isinstance(node, Node) and operation(node) in KEEPS_A_STATISTIC:
-        node = node.args[0]
+    node = _behind(node, KEEPS_A_STATISTIC)
     if not isinstance(node, Node) or operation(node) not in STATISTICS:
         return False
     return math.prod(sizes(node)) < math.prod(sizes(kept))
@@ -289,9 +288,30 @@ KEEPS_A_PATTERN = KEEPS_A_STATISTIC | frozenset(aten("dropout mul sub select sli
 
 def is_pattern(node: Any) -> bool:
     """Whether a value is a softmax, or a weighted difference of softmaxes (differential attention)."""
-    while isinstance(node, Node) and operation(node) in KEEPS_A_PATTERN:
+    node = _behind(node, KEEPS_A_PATTERN)
+    return isinstance(node, Node) and operation(node) in SOFTMAXES
+
+
+def has_learned_query(node: Node, live: Container[Node]) -> bool:
+    """Whether an attention reads its tokens with a query that does not depend on the images."""
+    if operation(node) == "aten::scaled_dot_product_attention":
+        return node.args[0] not in live
+    pattern = _behind(node.args[0], KEEPS_A_PATTERN)
+    if not isinstance(pattern, Node) or operation(pattern) not in SOFTMAXES:
+        return False
+    scores = _behind(pattern.args[0], KEEPS_A_PATTERN | {"aten::div", "aten::masked_fill"})
+    return isinstance(scores, Node) and operation(scores) in PRODUCTS and len(_live_inputs(scores, live)) == 1
+
+
+SOFTMAXES = frozenset({"aten::softmax", "aten::_softmax"})
+PRODUCTS = frozenset({"aten::matmul", "aten::bmm", "aten::mm"})
+
+
+def _behind(node: Any, keeping: Container[str]) -> Any:
+    """What a value is made of, looking through operations that keep its meaning."""
+    while isinstance(node, Node) and operation(node) in keeping:
         node = node.args[0]
-    return isinstance(node, Node) and operation(node) in ("aten::softmax", "aten::_softmax")
+    return node
 
 
 # --- gates and sources ---------------------------------------------------------------------------------------

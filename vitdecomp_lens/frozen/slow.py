@@ -104,18 +104,21 @@ class ReplayedCut(CompiledCut):
         return {point: torch.stack(several, -1) for point, several in columns.items()}
 
     def _gradients(self, weights: Replayed, points: list[str]) -> Iterator[tuple[Tensor, ...]]:
+        """For each direction, the gradients by the values at ``points``."""
         inputs = [weights.zeros[point] for point in points]
-        for direction in self._along if inputs else ():
-            with torch.inference_mode(False), torch.enable_grad():
-                yield torch.autograd.grad(
-                    weights.output,
-                    inputs,
-                    direction.expand_as(weights.output),
-                    retain_graph=True,
-                    create_graph=weights.differentiable,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
+        return (self._gradient(weights, inputs, direction) for direction in self._along if inputs)
+
+    def _gradient(self, weights: Replayed, inputs: list[Tensor], direction: Tensor) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.enable_grad():
+            return torch.autograd.grad(
+                weights.output,
+                inputs,
+                direction.expand_as(weights.output).clone(),
+                retain_graph=True,
+                create_graph=weights.differentiable,
+                allow_unused=True,
+                materialize_grads=True,
+            )
 
     def _laid_out(self, point: str, value: Tensor, batch: int) -> Float[Tensor, "split batch folded *rest"]:
         dim, split = self._axes(point)

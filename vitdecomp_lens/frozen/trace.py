@@ -58,7 +58,7 @@ def trace(
 
     Example:
         >>> from torch import nn
-        >>> graph = trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), torch.rand(1, 3, 2, 2))
+        >>> graph = trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval(), torch.rand(1, 3, 2, 2))
         >>> graph.cut().complete
         True
     """
@@ -176,7 +176,7 @@ def _is_same(one: Any, other: Any) -> bool:
 # --- what is read -------------------------------------------------------------------------------------------
 
 
-def representation(module: nn.Module, images: Tensor) -> Tensor:
+def representation(module: nn.Module, images: Tensor) -> Any:
     """The representation of a module that has no hook for it (design: timm, open_clip, anything else)."""
     if callable(getattr(module, "forward_features", None)) and callable(getattr(module, "forward_head", None)):
         features = module.forward_features(images)  # type: ignore[operator]

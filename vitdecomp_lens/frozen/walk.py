@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from vitdecomp_lens.coverage import Stop
-from vitdecomp_lens.frozen.rules import Passage, classify, operation
+from vitdecomp_lens.frozen.rules import Passage, classify, has_learned_query, operation
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def walk(nodes: Iterable[Node], root: Node, live: Collection[Node], points: Mapp
             continue
         passage = passages[node]
         if _stops(node, passage, live, behind) or (points is None and _reads_images(passage)):
-            stop = Stop(operation(node), module_path(node), _reason(node, passage))
+            stop = Stop(_reported(node), module_path(node), _reason(node, passage))
             if points is None:
                 met[_source_name(node, met)] = node
             else:
@@ -98,7 +98,8 @@ def _stops(node: Node, passage: Passage, live: Collection[Node], behind: Collect
     if passage.kind == "source":
         return True
     if passage.kind in ("pattern", "gate"):
-        return not (any(n in behind for n in passage.through) or _has_learned_query(node, live))
+        learned = passage.kind == "pattern" and has_learned_query(node, live)
+        return not (learned or any(n in behind for n in passage.through))
     return False
 
 
@@ -107,8 +108,10 @@ def _reads_images(passage: Passage) -> bool:
     return any(n.op == "placeholder" for n in passage.through)
 
 
-def _has_learned_query(node: Node, live: Collection[Node]) -> bool:
-    return operation(node) == "aten::scaled_dot_product_attention" and node.args[0] not in live
+def _reported(node: Node) -> str:
+    """The operation; of one of several outputs, the operation that gave them."""
+    several = node.args[0] if operation(node) == "getitem" else node
+    return operation(several) if isinstance(several, Node) else operation(node)
 
 
 def _reason(node: Node, passage: Passage) -> str:
