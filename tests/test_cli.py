@@ -1,6 +1,7 @@
 """The command line: what it prints, where, and with which exit code."""
 
 import json
+import logging
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -63,6 +64,18 @@ def test_verify_prints_a_certificate_and_writes_it_as_json(certified, capsys, tm
     assert packed["supported"]
     assert packed["model"] == "test_vit"
     assert (certified["count"], certified["seed"], certified["perturb"]) == (1, 3, True)
+
+
+def test_what_libraries_log_is_not_shown_and_logging_is_as_before_afterwards(monkeypatch, capsys, caplog):
+    def verify(_model, **_options):
+        logging.getLogger("open_clip").warning("no weights")
+        raise InputError("stop here")
+
+    monkeypatch.setattr(cli, "verify", verify)
+    assert main(["verify", "test_vit"]) == 2
+    assert capsys.readouterr().err == "Error: stop here\n"
+    assert caplog.records == []
+    assert logging.root.manager.disable == 0
 
 
 def test_the_exit_code_says_whether_a_model_is_supported(monkeypatch, capsys):

@@ -96,12 +96,14 @@ def test_only_initial_values_are_perturbed_unless_asked_for(certificate):
     assert "perturbed" not in certificate.weights
 
 
-def test_a_model_without_classifier_is_measured_at_its_representation_only():
+def test_a_model_without_classifier_is_measured_at_its_representation_only(certificate):
     model = HookedViT(TINY_MODELS["no_classifier"]())
     cuts, coverage = measures.cut_checks(model, images_for("no_classifier", 1), seed=0, max_bytes=1 << 29, say=silent)
     assert {cut.of for cut in cuts} == {"representation"}
     assert all(cut.passes for cut in cuts)
     assert coverage.share == 1
+    assert "logits" in str(certificate)
+    assert "logits" not in str(replace(certificate, cuts=cuts))
 
 
 def test_what_takes_too_much_memory_is_measured_along_directions(module, images):

@@ -261,7 +261,7 @@ class Certificate:
         )
         table.add_column("components")
         table.add_column("read")
-        columns = [(of, dtype) for of in ("representation", "logits") for dtype in TOLERANCES]
+        columns = [(of, dtype) for of in self._spaces() for dtype in TOLERANCES]
         for of, dtype in columns:
             table.add_column(f"{of}\n{dtype}", justify="right", no_wrap=True)
         cuts = {(cut.by, cut.tokens, cut.of, cut.dtype): cut for cut in self.cuts}
@@ -269,6 +269,10 @@ class Certificate:
             cells = [_cell(cuts.get((by, tokens, *column))) for column in columns]
             table.add_row(by, "by token" if tokens else "whole", *cells)
         return table
+
+    def _spaces(self) -> tuple[str, ...]:
+        """What was read; a model whose output is its representation has no logits."""
+        return tuple(dict.fromkeys(cut.of for cut in self.cuts))
 
     def _verdict(self) -> Iterator[Text]:
         notes = dict.fromkeys(f'by="{cut.by}": {cut.note}' for cut in self.cuts if cut.note and cut.gap is not None)

@@ -6,6 +6,7 @@ is not supported or a photograph could not be explained, 2 if the request cannot
 
 import argparse
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     errors = Console(stderr=True)
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # libraries log that a model without weights has none
     try:
         code: int = options.run(options, errors)
     except VitDecompError as error:
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("Stopped.")
         return 130
+    finally:
+        logging.disable(logged)
     return code
 
 
