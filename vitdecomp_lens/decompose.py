@@ -5,9 +5,9 @@ the model natively, and take what it computed through the compiled cut. They kno
 `Decomposable` says.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,7 @@ from vitdecomp_lens.frozen.trace import Read, trace
 from vitdecomp_lens.frozen.walk import Cut
 from vitdecomp_lens.tokens import TokenAttribution, TokenBlock
 
+T = TypeVar("T")
 MAX_BYTES = 512 << 20
 KEPT_BYTES = {"cpu": 60 << 20}  # what may be kept of a run at once; more images are run in pieces
 KEPT_BYTES_ELSEWHERE = 2 << 30
@@ -232,7 +233,7 @@ def attribute_tokens(
     """
     reading = _read(model, images, by, of, directions, tokens=True)
     maps = _TokenMaps(reading, components, max_bytes)
-    vectors = torch.cat([maps.add(first, captured) for first, captured in _runs(reading, batch_size)])
+    vectors = torch.cat(_on_pieces(reading, batch_size, maps.add))
     directions = reading.along
     if of == "embedding":
         norm = vectors.norm(dim=-1, keepdim=True)
@@ -358,8 +359,14 @@ def _checked_directions(directions: Any, d_rep: int, images: Tensor) -> Tensor:
 # --- running ----------------------------------------------------------------------------------------------------
 
 
-def _runs(reading: _Reading, batch_size: int | None) -> Iterator[tuple[int, Captured]]:
-    """Run the model on pieces of the batch, each with the number of its first image."""
+def _on_pieces(reading: _Reading, batch_size: int | None, use: Callable[[int, Captured], T]) -> list[T]:
+    """Run the model on pieces of the batch, and use what each leaves; none of it outlives its use.
+
+    Args:
+        reading: What is read.
+        batch_size: How many images a piece has; by default as many as keep little.
+        use: Gets the number of a piece's first image, and what its run left.
+    """
     images = reading.images
     if batch_size is None:
         budget = KEPT_BYTES.get(images.device.type, KEPT_BYTES_ELSEWHERE)
@@ -369,10 +376,12 @@ def _runs(reading: _Reading, batch_size: int | None) -> Iterator[tuple[int, Capt
         raise InputError(f"batch_size= must be at least 1; got {batch_size}.")
     of, model = reading.of, reading.model
     run: Callable[[Tensor], Any] = (lambda piece: of(model, piece)) if callable(of) else model  # type: ignore[arg-type]
+    hooks, graph, program = model.hook_dict, reading.graph, reading.program
     with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-        for first in range(0, len(images), batch_size):
-            piece = images[first : first + batch_size]
-            yield first, capture(run, piece, model.hook_dict, reading.graph, reading.program, reading.changed)
+        return [
+            use(first, capture(run, images[first : first + batch_size], hooks, graph, program, reading.changed))
+            for first in range(0, len(images), batch_size)
+        ]
 
 
 def _contributions(
@@ -384,15 +393,16 @@ def _contributions(
     _refuse_too_large(
         (len(rows), len(reading.images), program.directions), program.dtype, max_bytes, "component batch direction"
     )
-    pieces, totals = [], []
-    for _, captured in _runs(reading, batch_size):
+
+    def use(_first: int, captured: Captured) -> tuple[Tensor, Tensor]:
         batch = len(captured.total)
         weights = program.weights(captured.leaves, batch)
         written = program.contributions(captured.kept, weights, batch)
         in_order = [written[point.hook] for point in reading.met] + [written[name] for name in reading.changed]
         values = torch.cat([*in_order, program.shifted(weights, batch)])
-        pieces.append(values if len(rows) == len(everything) else values[rows])
-        totals.append(captured.total)
+        return (values if len(rows) == len(everything) else values[rows]), captured.total
+
+    pieces, totals = zip(*_on_pieces(reading, batch_size, use), strict=True)
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)), torch.cat(totals)
 
 
