@@ -422,3 +422,18 @@ def test_scaled_cosine_attention_is_matched(monkeypatch):
     assert functional.cosine_similarity(q, q, dim=-1).allclose(q.square().sum(-1), atol=1e-6)
     scores = einsum(q, k, "b i h e, b j h e -> b h i j") * core.logit_scale.clamp(max=core.logit_scale_max).exp()
     assert scores.allclose(cache["blocks.0.attn.hook_attn_scores"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["layer_scale", "parallel_scaling", "open_clip", "open_clip_tokens_first"])
+def test_the_way_through_results_and_split_inputs_is_made_of_products(name):
+    model, images = exact(name)
+    model.set_use_attn_result(True)
+    looked_at = ["blocks.1.attn.hook_result"]
+    if name != "parallel_scaling":
+        model.set_use_split_qkv_input(True)
+        looked_at.append("blocks.1.hook_v_input")
+    with model.hooks([(hook, lambda value, hook: None) for hook in looked_at]), torch.no_grad():
+        program = torch.export.export(model, (images,), strict=False)
+    operations = {str(node.target) for node in program.graph.nodes}
+    assert "aten.matmul.default" in operations
+    assert "aten.einsum.default" not in operations, "the frozen map has no rule for it"

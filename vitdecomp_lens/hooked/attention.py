@@ -8,7 +8,7 @@ the same order: fused, unless the scores or the pattern are hooked.
 from abc import ABC, abstractmethod
 from typing import Any
 
-from einops import einsum
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -217,7 +217,8 @@ class HookedAttention(HookedHeads):
         """Return what the block adds to the stream from the heads' outputs, through ``hook_result`` if it is used."""
         if "hook_result" not in self._modules or not is_hooked(self.hook_result):
             return self.tail(self.project_out(z))
-        shares = einsum(z, self.W_O, "batch token head d_head, head d_head d_model -> batch token head d_model")
+        # Heads as a batch axis of the product: with tokens there too, torch would copy the weights for each token.
+        shares = torch.matmul(z.transpose(1, 2), self.W_O).transpose(1, 2)
         result = fire(self.hook_result, shares).sum(2) + self.b_O
         return result if self.tail.folds else self.tail(result)
 
@@ -242,9 +243,8 @@ class HookedAttention(HookedHeads):
 
     def project_split(self, q_in: Tensor, k_in: Tensor, v_in: Tensor) -> Heads:
         """Queries, keys and values from inputs of their own, ``batch token head d_model`` each."""
-        pattern = "batch token head d_model, head d_model d_head -> batch head token d_head"
         q, k, v = (
-            einsum(inputs, weight, pattern) + bias.unsqueeze(1)
+            torch.matmul(inputs.transpose(1, 2), weight) + bias.unsqueeze(1)
             for inputs, weight, bias in (
                 (q_in, self.W_Q, self.b_Q),
                 (k_in, self.W_K, self.b_K),
