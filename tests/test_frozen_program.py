@@ -269,14 +269,15 @@ def test_tokens_that_nothing_reads_are_not_kept():
     assert program.keep("blocks.1.hook_mlp_out", torch.zeros(3, 17, 32)).shape == (3, 1, 32)
 
 
-def test_equal_weights_that_cancel_in_an_example_are_still_read():
-    """Of a mean of centred tokens only the frozen statistics tell that it is not zero."""
+def test_equal_weights_that_cancel_are_still_read():
+    """A mean of centred tokens would read none of them, did not their frozen statistics differ."""
 
     def run(m, s, x):
-        y = functional.layer_norm(s - s.mean(1, keepdim=True), (6,))
-        return y.mean(1)
+        centred = functional.linear(s.transpose(1, 2), m.centring).transpose(1, 2)
+        return functional.layer_norm(centred, (6,)).mean(1)
 
     model = Lifted((4, 6), run)
+    model.register_buffer("centring", torch.eye(4, dtype=torch.float64) - 0.25)
     with torch.no_grad():
         model(images())
     graph = trace(model.double().eval(), images())
@@ -364,6 +365,24 @@ def test_what_pairs_cannot_pass_is_replayed_exactly_with_a_warning(name):
         pulled = graph.pull(cut, x, directions)
     for name, vectors in written.items():
         close(pulled[name], vectors @ directions.T)
+
+
+def test_the_slow_way_tells_tokens_apart_wherever_they_are():
+    model, message = slow_sample("max_pool")
+    graph, x = trace(model, images()), images(3, seed=2)
+    cut = graph.cut(["hook_source"])
+    with pytest.warns(VitDecompWarning, match=message):
+        program = graph.program(cut, dtype=torch.float64)
+    recorded = graph.record(x)
+    value, weights = recorded[cut.points["hook_source"]], program.weights(recorded, len(x))
+    for axis, count in ((2, 24), (1, 4), (3, 6)):  # rows × columns, channels, columns
+        out = torch.full((1, len(x), count, program.directions), torch.nan, dtype=torch.float64)
+        program.by_token("hook_source", value, weights, out, token_axis=axis)
+        for token in range(0, count, 3):
+            mask = torch.zeros(count, dtype=torch.float64)
+            mask[token] = 1
+            part = value * mask.reshape({2: (4, 6), 1: (4, 1, 1), 3: (6,)}[axis])
+            close(out[0, :, token], alone(graph, cut, recorded, "hook_source", part))
 
 
 def test_too_many_pairs_are_replayed_exactly_with_a_warning():

@@ -32,7 +32,7 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
-FROZEN = ("rules", "walk", "replay", "pairs", "adjoints", "compiled", "program", "slow", "graph", "trace")
+FROZEN = ("fingerprint", "rules", "walk", "replay", "pairs", "adjoints", "compiled", "program", "slow", "graph", "trace")
 
 
 def imports(path):
