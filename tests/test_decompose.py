@@ -167,6 +167,24 @@ def test_a_hook_with_one_vector_an_image_and_a_function_can_be_decomposed():
     assert by_function.gap.max() < 1e-10
 
 
+def test_a_function_sees_what_it_reads_from_outside():
+    model, original, images = tiny("class_token")
+    column = [0]
+    of = lambda module, batch: module(batch)[:, column[0], None]  # noqa: E731
+    decompose(model, images, of=of)
+    column[0] = 3
+    torch.testing.assert_close(decompose(model, images, of=of).total, original(images)[:, 3:4])
+
+
+def test_a_lazy_hook_can_be_decomposed():
+    model, original, images = tiny("mean_pool_fc_norm")
+    parts = decompose(model, images, of="ln_final.hook_normalized")
+    assert parts.gap.max() < 1e-10
+    torch.testing.assert_close(
+        parts.total * original.fc_norm.weight + original.fc_norm.bias, decompose(model, images).total
+    )
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, None])
 def test_the_outcome_does_not_depend_on_the_batch(batch_size):
     model, _, images = tiny("mean_pool_with_class_token")
@@ -234,9 +252,10 @@ def test_it_runs_in_inference_mode_and_after_it():
     with torch.inference_mode():
         inside = decompose(model, images)
     torch.testing.assert_close(decompose(model, images).values, inside.values)
+    assert decompose(model, images.clone().requires_grad_()).values.requires_grad
 
 
-@pytest.mark.parametrize("change", ["in_place", "data", "state_dict", "replaced", "dtype"])
+@pytest.mark.parametrize("change", ["in_place", "data", "state_dict", "replaced", "no_bias", "dtype"])
 def test_weights_that_change_are_seen(change):
     model, original, images = tiny("class_token")
     decompose(model, images)
@@ -250,6 +269,8 @@ def test_weights_that_change_are_seen(change):
         model.load_state_dict({name: 1.5 * value for name, value in model.state_dict().items()})
     elif change == "replaced":
         original.blocks[0].attn.proj.weight = torch.nn.Parameter(2 * weight.detach())
+    elif change == "no_bias":
+        original.blocks[0].attn.proj.bias = None
     else:
         model.to(torch.float32)
         images = images.to(torch.float32)
@@ -265,3 +286,15 @@ def test_all_is_traced_and_compiled_once(monkeypatch):
     monkeypatch.setattr("vitdecomp_lens.frozen.graph.compile_cut", lambda *a, **k: pytest.fail("compiled again"))
     torch.testing.assert_close(decompose(model, images).values, first.values)
     assert decompose(model, images[:2]).values.shape[1] == 2
+
+
+@pytest.mark.filterwarnings("ignore::vitdecomp_lens.errors.VitDecompWarning")
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_the_slow_way_is_exact_too(name):
+    model, _, images = tiny(name)
+    directions = directions_for(32)
+    for by in BY:
+        parts = decompose(model, images, by=by)
+        assert parts.gap.max() < 1e-10
+        assert parts.coverage.share == 1
+    assert attribute_tokens(model, images, directions).gap.max() < 1e-9

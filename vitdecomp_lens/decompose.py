@@ -30,6 +30,7 @@ from vitdecomp_lens.frozen.graph import FrozenGraph, wide
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.trace import Read, trace
 from vitdecomp_lens.frozen.walk import Cut
+from vitdecomp_lens.points import is_hooked
 from vitdecomp_lens.tokens import TokenAttribution, TokenBlock
 
 T = TypeVar("T")
@@ -121,7 +122,7 @@ def decompose(
         norm = total.norm(dim=-1, keepdim=True)
         values, total = values / norm, total / norm
     parts = Decomposition(values, labels, total, complete=whole, coverage=reading.coverage, metadata=reading.metadata)
-    parts = _without_idle_interventions(parts)
+    parts = parts if components is not None else _without_idle_interventions(parts)
     return parts.check_gap() if whole and _is_exact(images) else parts
 
 
@@ -183,7 +184,7 @@ def attribute(
         metadata=reading.metadata,
         directions=None if names is None else tuple(names),
     )
-    scores = _without_idle_interventions(scores)
+    scores = scores if components is not None else _without_idle_interventions(scores)
     if whole and _is_exact(images):
         _check_scores(scores, vectors, directions)
     return scores
@@ -331,7 +332,9 @@ def _read(model: nn.Module, images: Any, by: By, of: Read, directions: Tensor | 
         raise InputError("Expected at least one image; got an empty batch.")
     points = model.token_points(by) if tokens else model.component_points(by)
     hooks = [point.hook for point in points]
-    graph = trace(model, images[:1], of="representation" if of == "embedding" else of, listened=hooks)
+    lazy = [of] if isinstance(of, str) and of in model.hook_dict else []
+    graph = trace(model, images[:1], of="representation" if of == "embedding" else of, listened=[*hooks, *lazy])
+    graph = graph.with_hooks(name for name, point in model.hook_dict.items() if is_hooked(point))
     if directions is not None:
         directions = _checked_directions(directions, sizes(graph.root)[-1], images)
     cut = graph.cut([hook for hook in hooks if hook in graph.points])
@@ -353,7 +356,7 @@ def _checked_directions(directions: Any, d_rep: int, images: Tensor) -> Tensor:
         raise InputError(f"Expected directions [direction, {d_rep}]; got {tuple(directions.shape)}. {fix}")
     if not bool(directions.isfinite().all()):
         raise InputError("Expected finite directions; some entries are NaN or infinite.")
-    return directions.to(images.device, wide(images.dtype))
+    return directions.detach().to(images.device, wide(images.dtype))
 
 
 # --- running ----------------------------------------------------------------------------------------------------
@@ -388,19 +391,25 @@ def _contributions(
     reading: _Reading, components: Sequence[str] | None, batch_size: int | None, max_bytes: int
 ) -> tuple[Tensor, Tensor]:
     """Values of the wanted components, and the model's own vectors."""
-    rows, everything = reading.rows(components), reading.everything
-    program = reading.program
-    _refuse_too_large(
-        (len(rows), len(reading.images), program.directions), program.dtype, max_bytes, "component batch direction"
-    )
+    wanted = reading.labelled(components)[1]
+    places = {component: place for place, component in enumerate(wanted)}
+    read = [p for p in reading.met if not places.keys().isdisjoint(reading.components_of(p))]
+    program, count = reading.program, len(reading.images)
+    # What a point holds is computed as a whole, wanted or not.
+    rows = sum(len(reading.components_of(p)) for p in read) + len(reading.others)
+    _refuse_too_large((rows, count, program.directions), program.dtype, max_bytes, "component batch direction")
 
     def use(_first: int, captured: Captured) -> tuple[Tensor, Tensor]:
         batch = len(captured.total)
         weights = program.weights(captured.leaves, batch)
-        written = program.contributions(captured.kept, weights, batch)
-        in_order = [written[point.hook] for point in reading.met] + [written[name] for name in reading.changed]
-        values = torch.cat([*in_order, program.shifted(weights, batch)])
-        return (values if len(rows) == len(everything) else values[rows]), captured.total
+        names = [p.hook for p in read] + list(reading.changed)
+        written = program.contributions(captured.kept, weights, batch, only=names)
+        values = torch.cat([*(written[name] for name in names), program.shifted(weights, batch)])
+        found = [c for p in read for c in reading.components_of(p)] + list(reading.others)
+        if found == list(wanted):
+            return values, captured.total
+        row_of = {component: row for row, component in enumerate(found)}
+        return values[[row_of[component] for component in wanted]], captured.total
 
     pieces, totals = zip(*_on_pieces(reading, batch_size, use), strict=True)
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)), torch.cat(totals)
@@ -422,6 +431,7 @@ class _TokenMaps:
     def __init__(self, reading: _Reading, components: Sequence[str] | None, max_bytes: int) -> None:
         self.reading, program = reading, reading.program
         self.whole, wanted = reading.labelled(components)
+        self.asked = components is not None
         self.tokened = [p for p in reading.met if p.token_axis is not None]
         with_tokens = {c for point in self.tokened for c in reading.components_of(point)}
         self.components = [c for c in wanted if c in with_tokens]
@@ -493,7 +503,7 @@ class _TokenMaps:
         blocks = (TokenBlock(self.values, tuple(self.components), self.grid),) if self.components else ()
         return TokenAttribution(
             blocks,
-            _without_idle_interventions(others),
+            others if self.asked else _without_idle_interventions(others),
             total,
             complete=self.whole,
             coverage=self.reading.coverage,

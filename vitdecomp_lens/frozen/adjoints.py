@@ -450,15 +450,31 @@ def multiplies_matrices(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     assert isinstance(right, Node)
     if right not in on.live:
         matrix = on.value(right)
-        if matrix.dim() != 2:
-            raise NoFastPathError("a product with a stack of matrices")
-        return [(left, _through_matrix(pairs, on.tape, matrix.t()))]
+        if matrix.dim() == 2:
+            return [(left, _through_matrix(pairs, on.tape, matrix.t()))]
+        return [(left, _through_matrices(node, pairs, on.tape, matrix))]
     if left not in on.live:
         raise NoFastPathError("a constant matrix from the left")
     if len(sizes(node)) != 4 or sizes(left)[:2] != sizes(right)[:2]:
         raise NoFastPathError("a pattern whose heads are folded into the batch, or shared")
     pattern = on.tape.leaf(left, "pattern", lambda p: p, on.tape.ones(*sizes(left)))
     return [(right, _through_pattern(node, pairs, on, lambda rows, p: p[:, :, rows], [pattern]))]
+
+
+def _through_matrices(node: Node, pairs: Pairs, tape: Tape, stack: Tensor) -> Pairs:
+    """Pairs before ``x @ stack``, one matrix for each index of some dimensions, such as a head's output weights.
+
+    M then differs along these dimensions, whoever owns them: where A does, both do.
+    """
+    dims = len(sizes(node))
+    pairs = settle(pairs, tape, [dims - 1], "M")
+    stack = _aligned(stack, dims)
+    differing = [d for d in range(dims - 2) if stack.shape[d] > 1]
+    if pairs.batch in differing or sizes(node)[:-1] != sizes(_input(node))[:-1]:
+        raise NoFastPathError("a stack of matrices that differs along the batch, or is broadcast")
+    owners = tuple("both" if d in differing and o == "A" else o for d, o in enumerate(pairs.owners))
+    maps = pairs.maps @ stack.transpose(-1, -2)
+    return replace(pairs, maps=maps, owners=owners)
 
 
 @adjoint("aten::scaled_dot_product_attention")

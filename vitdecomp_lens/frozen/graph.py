@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -46,6 +46,7 @@ class FrozenGraph:
         parameters: Dotted name of the parameter or buffer behind each placeholder.
         constants: Tensors that the forward made by itself.
         owner: The graph that the nodes belong to.
+        hooked: Points whose values would be constants if no hook listened there.
     """
 
     nodes: tuple[Node, ...]
@@ -54,18 +55,38 @@ class FrozenGraph:
     parameters: Mapping[str, str]
     constants: Mapping[str, Tensor]
     owner: Graph
+    hooked: frozenset[str] = frozenset()
+    _hooked_graphs: "dict[frozenset[str], FrozenGraph]" = field(default_factory=dict, repr=False)
     _cuts: dict[tuple[str, ...] | None, Cut] = field(default_factory=dict, repr=False)
     _programs: dict[Any, "_Compiled"] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         known = self.parameters.keys() | self.constants.keys()
         self.images = next(n for n in self.nodes if n.op == "placeholder" and n.name not in known)
-        live = {self.images}
-        for node in self.nodes:
-            if depends(node, live):
-                live.add(node)
-        self.live = frozenset(live)
         self.points: dict[str, Node] = {n.args[1]: n for n in self.nodes if operation(n) == TAG}  # type: ignore[misc]
+        self.from_images = self._depending_on({self.images})
+        self.live = self._depending_on({self.images, *(self.points[name] for name in self.hooked)})
+
+    def _depending_on(self, found: set[Node]) -> frozenset[Node]:
+        for node in self.nodes:
+            if depends(node, found):
+                found.add(node)
+        return frozenset(found)
+
+    def with_hooks(self, names: Iterable[str]) -> "FrozenGraph":
+        """The graph of a run in which hooks listen at these points: their values may be anybody's.
+
+        Values that no image changes (position embeddings, a learned query) are constants only while nobody can
+        change them.
+        """
+        hooked = frozenset(name for name in names if name in self.points and self.points[name] not in self.from_images)
+        if hooked == self.hooked:
+            return self
+        if hooked not in self._hooked_graphs:
+            self._hooked_graphs[hooked] = replace(
+                self, hooked=hooked, _cuts={}, _programs={}, _hooked_graphs=self._hooked_graphs
+            )
+        return self._hooked_graphs[hooked]
 
     # --- cuts ---------------------------------------------------------------------------------------------
 
@@ -81,7 +102,7 @@ class FrozenGraph:
         key = None if points is None else tuple(points)
         if key not in self._cuts:
             named = None if key is None else {name: self._node(name) for name in key}
-            self._cuts[key] = walk(self.nodes, self.root, self.live, named)
+            self._cuts[key] = walk(self.nodes, self.root, self.live, named, from_images=self.from_images)
         return self._cuts[key]
 
     def _node(self, name: str) -> Node:
@@ -218,12 +239,12 @@ class FrozenGraph:
             if directions is None
             else directions.to(dtype)
         )
-        read = read.detach()
+        read = read.detach().clone()  # what is compiled in inference mode serves outside of it too
         met = set(cut.order)
         nodes = {name: self.points[name] for name in through if self.points[name] in met}
         program: CompiledCut
         try:
-            with torch.no_grad(), torch.autocast(val.device.type, enabled=False):
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(val.device.type, enabled=False):
                 program = compile_cut(
                     cut,
                     splits=splits,

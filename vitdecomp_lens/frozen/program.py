@@ -233,7 +233,10 @@ def compile_cut(
             continue
         for pairs in arrived:
             for source, passed in pass_back(node, pairs, on):
-                _merge(at.setdefault(source, []), passed, tape)
+                if source in live:
+                    _merge(at.setdefault(source, []), passed, tape)
+                else:  # a constant that a hook may change
+                    on.constant(name_of(source), source, passed, on.value(source))
     shifts = [_shifted(shift.name, shift.pairs, shift.value, tape) for shift in on.shifts]
     return Program({name: terms[name] for name in splits if name in terms}, shifts, tape, len(directions))
 

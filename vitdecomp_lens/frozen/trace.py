@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def trace(
     points = on_the_path(hook_points(module), listened)
     lazy = frozenset(name for name, point in points.items() if isinstance(point, LazyHookPoint))
     key = (tuple(images.shape[1:]), images.dtype, images.device, of, lazy)
-    kept, state = _traces_of(module), _state(module)
+    kept, state = _traces_of(module), [*_state(module), *_closed_over(of)]
     for entry in kept:
         if entry.key == key and _same(entry.state, state):
             return entry.graph
@@ -133,9 +133,21 @@ def _state(module: nn.Module) -> list[Any]:
         for name, value in child.__dict__.items():
             if name in _HOOKS:
                 found += value.values()
+            elif name in ("_parameters", "_buffers"):  # which there are; their values are read anew
+                found += [item for key, tensor in value.items() for item in (key, tensor is None)]
             elif name not in _STEERS_NOTHING:
                 found.append(name)
                 _collect(value, found)
+    return found
+
+
+def _closed_over(of: Read) -> list[Any]:
+    """What a function of the user's reads besides its arguments."""
+    found: list[Any] = []
+    if isinstance(of, FunctionType):
+        _collect(of.__defaults__, found)
+        _collect([cell.cell_contents for cell in of.__closure__ or ()], found)
+        _collect([of.__globals__.get(name) for name in of.__code__.co_names], found)
     return found
 
 

@@ -45,13 +45,28 @@ def module_path(node: Node) -> str:
     return path.removeprefix("module").removeprefix(".")
 
 
-def walk(nodes: Iterable[Node], root: Node, live: Collection[Node], points: Mapping[str, Node] | None) -> Cut:
+def walk(
+    nodes: Iterable[Node],
+    root: Node,
+    live: Collection[Node],
+    points: Mapping[str, Node] | None,
+    *,
+    from_images: Collection[Node] | None = None,
+) -> Cut:
     """Walk back from ``root`` to the points of a cut; without points, to whatever is nonlinear or reads the images.
 
     A pattern or a gate is passed only where a point of the cut lies behind it, or where a learned query reads
     the tokens (attention pooling); otherwise it is where the walk stops.
+
+    Args:
+        nodes: The graph's, in order.
+        root: The output.
+        live: Nodes whose values may differ from run to run.
+        points: The points of the cut.
+        from_images: Nodes that images change, where that is fewer: a learned query that somebody's hook may
+            change is a learned query all the same.
     """
-    nodes = list(nodes)
+    nodes, from_images = list(nodes), live if from_images is None else from_images
     passages = {node: classify(node, live) for node in nodes if node in live}
     wanted = {} if points is None else {node: name for name, node in points.items()}
     behind = _with_a_point_behind(nodes, passages, live, wanted)
@@ -67,7 +82,7 @@ def walk(nodes: Iterable[Node], root: Node, live: Collection[Node], points: Mapp
             met[wanted[node]] = node
             continue
         passage = passages[node]
-        if _stops(node, passage, live, behind) or (points is None and _reads_images(passage)):
+        if _stops(node, passage, from_images, behind) or (points is None and _reads_images(passage)):
             stop = Stop(_reported(node), module_path(node), _reason(node, passage))
             if points is None:
                 met[_source_name(node, met)] = node
@@ -94,11 +109,11 @@ def _with_a_point_behind(
     return behind
 
 
-def _stops(node: Node, passage: Passage, live: Collection[Node], behind: Collection[Node]) -> bool:
+def _stops(node: Node, passage: Passage, from_images: Collection[Node], behind: Collection[Node]) -> bool:
     if passage.kind == "source":
         return True
     if passage.kind in ("pattern", "gate"):
-        learned = passage.kind == "pattern" and has_learned_query(node, live)
+        learned = passage.kind == "pattern" and has_learned_query(node, from_images)
         return not (learned or any(n in behind for n in passage.through))
     return False
 
