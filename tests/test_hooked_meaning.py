@@ -8,6 +8,7 @@ from test_hooked_parity import first
 from tiny_models import TINY_MODELS, _open_clip, images_for
 from torch.nn import functional
 
+from vitdecomp_lens.decompose import decompose
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.hooked import HookedViT
 
@@ -437,3 +438,19 @@ def test_the_way_through_results_and_split_inputs_is_made_of_products(name):
     operations = {str(node.target) for node in program.graph.nodes}
     assert "aten.matmul.default" in operations
     assert "aten.einsum.default" not in operations, "the frozen map has no rule for it"
+
+
+@pytest.mark.parametrize("name", ["parallel_scaling_fused", "diff_parallel_scaling", "no_biases"])
+@pytest.mark.parametrize("look", ["blocks.1.hook_attn_out", "blocks.1.attn.hook_z", "blocks.1.attn.hook_result"])
+def test_what_has_no_output_bias_adds_none(name, look):
+    model, images = exact(name)
+    model.set_use_attn_result(True)
+    with model.hooks([(look, lambda value, hook: None)]):
+        parts = decompose(model, images, by="head")
+    constants = [component.label for component in parts.components if component.kind == "constant"]
+    assert constants
+    assert [label for label in constants if not parts[label].any()] == []
+    attn = model.hooked_blocks[1].attentions["attn"]
+    assert not attn.has_output_bias
+    assert attn.b_O.shape == (32,)
+    assert not attn.b_O.any()

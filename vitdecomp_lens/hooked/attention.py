@@ -181,6 +181,11 @@ class HookedAttention(HookedHeads):
 
     @property
     @abstractmethod
+    def has_output_bias(self) -> bool:
+        """Whether there is a ``b_O`` to add; where there is none, its view is zero."""
+
+    @property
+    @abstractmethod
     def heads(self) -> int:
         """Number of heads, as ``hook_z`` counts them."""
 
@@ -219,7 +224,9 @@ class HookedAttention(HookedHeads):
             return self.tail(self.project_out(z))
         # Heads as a batch axis of the product: with tokens there too, torch would copy the weights for each token.
         shares = torch.matmul(z.transpose(1, 2), self.W_O).transpose(1, 2)
-        result = fire(self.hook_result, shares).sum(2) + self.b_O
+        result = fire(self.hook_result, shares).sum(2)
+        if self.has_output_bias:
+            result = result + self.b_O
         return result if self.tail.folds else self.tail(result)
 
     def call_core(self, x: Tensor) -> Tensor:

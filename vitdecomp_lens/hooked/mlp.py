@@ -14,7 +14,7 @@ from vitdecomp_lens.hooked.tail import Tail
 def bias_or_zeros(linear: nn.Module) -> Float[Tensor, "out"]:
     """Return a linear layer's bias, or zeros where it has none."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
-    bias = linear._parameters.get("bias")
+    bias: Tensor | None = getattr(linear, "bias", None)  # an attribute, for that is what a parametrised bias is
     return weight.new_zeros(weight.shape[0]) if bias is None else bias
 
 

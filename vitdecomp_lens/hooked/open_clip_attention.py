@@ -48,7 +48,7 @@ class TorchAttention(PackedAttention):
         return self.core.in_proj_weight, self.core.in_proj_bias  # type: ignore[return-value]
 
     @property
-    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"]]:
+    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"] | None]:
         """Weight and bias of ``out_proj``."""
         return linear_out(self.core.out_proj)  # type: ignore[arg-type]
 
@@ -134,7 +134,7 @@ class OpenClipAttention(PackedAttention):
         return self.core.in_proj_weight, self.core.in_proj_bias  # type: ignore[return-value]
 
     @property
-    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"]]:
+    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"] | None]:
         """Weight and bias of ``out_proj``."""
         return linear_out(self.core.out_proj)  # type: ignore[arg-type]
 

@@ -118,7 +118,7 @@ class Projection:
         """Return the weight [d_in, d_rep] and the bias [d_rep], zero if there is none."""
         weight: Tensor = getattr(self.owner, self.name)
         weight = weight.T if self.transposed else weight
-        bias = self.owner._parameters.get("bias")
+        bias: Tensor | None = getattr(self.owner, "bias", None)
         return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias
 
 

@@ -7,7 +7,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitdecomp_lens.hooked.attention import HookedAttention
-from vitdecomp_lens.hooked.mlp import bias_or_zeros
 
 
 def by_head(weight: Float[Tensor, "out d_model"], heads: int) -> Float[Tensor, "head d_model d_head"]:
@@ -27,8 +26,8 @@ class PackedAttention(HookedAttention):
 
     @property
     @abstractmethod
-    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"]]:
-        """Weight and bias (zeros if there is none) of the output projection."""
+    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"] | None]:
+        """Weight and bias of the output projection."""
 
     @property
     def heads(self) -> int:
@@ -86,9 +85,15 @@ class PackedAttention(HookedAttention):
     @property
     def b_O(self) -> Float[Tensor, "d_model"]:  # noqa: N802
         """Output bias, with LayerScale folded in."""
-        return self.tail.fold(self.projection_out[1])
+        weight, bias = self.projection_out
+        return self.tail.fold(weight.new_zeros(weight.shape[0]) if bias is None else bias)
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether the output projection has a bias."""
+        return self.projection_out[1] is not None
 
 
-def linear_out(linear: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight, and bias or zeros, of a linear layer."""
-    return linear.weight, bias_or_zeros(linear)  # type: ignore[return-value]
+def linear_out(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer."""
+    return linear.weight, getattr(linear, "bias", None)  # type: ignore[return-value]

@@ -34,4 +34,5 @@ class Tail:
 
 
 def _gamma(module: nn.Module) -> Tensor | None:
-    return module._parameters.get("gamma")
+    gamma = getattr(module, "gamma", None)  # an attribute, for that is what a parametrised one is
+    return gamma if isinstance(gamma, Tensor) else None

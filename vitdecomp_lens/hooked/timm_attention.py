@@ -56,7 +56,7 @@ class TimmPackedAttention(PackedAttention):
         return self.core.qkv.weight, self.core.qkv.bias  # type: ignore[union-attr, return-value]
 
     @property
-    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"]]:
+    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"] | None]:
         """Weight and bias of ``proj``."""
         return linear_out(self.core.proj)  # type: ignore[arg-type]
 

@@ -34,16 +34,16 @@ class ScalingAttention(TimmPackedAttention):
         return core.in_proj.weight[first:], None if bias is None else bias[first:]
 
     @property
-    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"]]:
+    def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"] | None]:
         """The attention's part of the output projection.
 
-        Where one bias serves both branches, the MLP has it and the attention's is zero.
+        Where one bias serves both branches, the MLP has it and the attention has none.
         """
         core: Any = self.core
         if core.out_proj is None:
             return linear_out(core.attn_out_proj)
         weight = core.out_proj.weight
-        return weight[:, : core.in_split[1]], weight.new_zeros(weight.shape[0])
+        return weight[:, : core.in_split[1]], None
 
     def norm_qk(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Apply QK-norm, on tokens before heads as the library does."""
