@@ -8,6 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny_models import TINY, TINY_MODELS, images_for
 from torch import nn
+from torch.nn.utils import parametrize
 
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.hooked import Adapter, HookedViT, register_adapter
@@ -195,3 +196,101 @@ def test_autocast_takes_images_of_another_dtype(model, images):
 def test_masks_are_refused(model, images):
     with pytest.raises(InputError, match="attn_mask must be None"):
         model.tower(images, is_causal=True)
+
+
+# Results of heads ------------------------------------------------------------------------------------------
+
+
+class LoudLinear(nn.Linear):
+    """A projection whose ``forward`` does more than its weights say."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _hook(attn):
+    attn.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _hook_projection(attn):
+    attn.proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def _hook_dropout(attn):
+    attn.proj_drop.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _replace_projection(attn):
+    attn.proj = LoudLinear(32, 32)
+
+
+def _patch_projection(attn):
+    attn.proj.forward = lambda x: 2 * nn.Linear.forward(attn.proj, x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_hook, "Attention has forward hooks"),
+        (_hook_projection, "Linear has forward hooks"),
+        (_hook_dropout, "Dropout has forward hooks"),
+        (_replace_projection, "LoudLinear has a forward of its own"),
+        (_patch_projection, "Linear has a forward of its own"),
+    ],
+)
+def test_results_of_heads_are_refused_where_the_projection_is_not_plain(images, change, message):
+    module = TINY_MODELS["class_token"]()
+    change(module.blocks[1].attn)
+    model = HookedViT(module)
+    before = set(model.hook_dict)
+    with pytest.raises(UnsupportedModelError, match=f"hook_result.*{message}.*use hook_z"):
+        model.set_use_attn_result(True)
+    assert set(model.hook_dict) == before, "no block has it then"
+    assert torch.equal(model(images), module(images))
+
+
+def test_results_of_heads_are_refused_where_layer_scale_has_hooks():
+    module = TINY_MODELS["layer_scale"]()
+    module.blocks[0].ls1.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(UnsupportedModelError, match="LayerScale has forward hooks"):
+        HookedViT(module).set_use_attn_result(True)
+
+
+def test_hooks_put_on_the_projection_later_are_seen(images):
+    model = HookedViT(TINY_MODELS["class_token"]())
+    model.set_use_attn_result(True)
+    _hook(model.blocks[0].attn.core)
+    with pytest.raises(UnsupportedModelError, match="Attention has forward hooks"):
+        model.run_with_cache(images, names_filter="blocks.0.attn.hook_result")
+
+
+@pytest.mark.parametrize("name", ["parallel_scaling", "parallel_scaling_fused"])
+def test_branches_of_parallel_blocks_are_refused_where_the_projection_is_not_plain(name, images):
+    module = TINY_MODELS[name]()
+    projection = module.blocks[0].out_proj or module.blocks[0].mlp_out_proj
+    projection.register_forward_hook(lambda module, args, output: 2 * output)
+    model = HookedViT(module)
+    assert torch.equal(model(images), module(images))
+    with pytest.raises(UnsupportedModelError, match="parallel block.*Linear has forward hooks"):
+        model.run_with_cache(images, names_filter="blocks.0.hook_mlp_out")
+
+
+def test_looking_at_results_leaves_the_output_of_a_parametrised_projection(images):
+    class Doubled(nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    module = TINY_MODELS["layer_scale"]()
+    for name in ("bias", "weight"):
+        parametrize.register_parametrization(module.blocks[0].attn.proj, name, Doubled())
+    parametrize.register_parametrization(module.blocks[0].ls1, "gamma", Doubled())
+    model = HookedViT(module)
+    model.set_use_attn_result(True)
+    expected, proj = module(images), module.blocks[0].attn.proj
+    output, cache = model.run_with_cache(images)
+    assert torch.equal(model(images), expected)
+    assert (output - expected).abs().max() < 1e-5
+    attn = model.blocks[0].attn
+    assert torch.equal(attn.b_O, proj.bias * module.blocks[0].ls1.gamma)
+    added = cache["blocks.0.attn.hook_result"].sum(2) + attn.b_O
+    assert torch.allclose(added, cache["blocks.0.hook_attn_out"], atol=1e-5)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformer_lens.hook_points import HookPoint
 
 from vitdecomp_lens.hooked.hook_points import any_hooked, fire
-from vitdecomp_lens.hooked.tail import Tail
+from vitdecomp_lens.hooked.tail import Tail, check_plain
 from vitdecomp_lens.points import LazyHookPoint, is_hooked
 
 Heads = tuple[
@@ -186,10 +186,20 @@ class HookedAttention(HookedHeads):
 
     @property
     @abstractmethod
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        """The modules that the library calls between ``hook_z`` and the tail: a linear layer, a dropout."""
+
+    @property
+    @abstractmethod
     def heads(self) -> int:
         """Number of heads, as ``hook_z`` counts them."""
 
     # Running -------------------------------------------------------------------------------------------
+
+    def check_result(self) -> None:
+        """Raise `UnsupportedModelError` where the sum of ``hook_result`` would not be what is added to the stream."""
+        folded = self.tail.modules if self.tail.folds else ()
+        check_plain("hook_result", self.output_layers, around=(self.core, *folded))
 
     def use_result(self, use: bool) -> None:
         """Add or remove ``hook_result``."""
@@ -222,6 +232,7 @@ class HookedAttention(HookedHeads):
         """Return what the block adds to the stream from the heads' outputs, through ``hook_result`` if it is used."""
         if "hook_result" not in self._modules or not is_hooked(self.hook_result):
             return self.tail(self.project_out(z))
+        self.check_result()
         # Heads as a batch axis of the product: with tokens there too, torch would copy the weights for each token.
         shares = torch.matmul(z.transpose(1, 2), self.W_O).transpose(1, 2)
         result = fire(self.hook_result, shares).sum(2)

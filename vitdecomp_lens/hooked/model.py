@@ -248,10 +248,17 @@ class HookedViT(HookedRootModule):
     # Options -------------------------------------------------------------------------------------------
 
     def set_use_attn_result(self, use: bool) -> None:
-        """Add or remove ``blocks.{i}.attn.hook_result``: what each head adds to the stream."""
-        for block in self.hooked_blocks:
-            for attn in block.attentions.values():
-                attn.use_result(use)
+        """Add or remove ``blocks.{i}.attn.hook_result``: what each head adds to the stream.
+
+        Raises:
+            UnsupportedModelError: If an output projection is no plain linear layer, or has forward hooks.
+        """
+        attentions = [attn for block in self.hooked_blocks for attn in block.attentions.values()]
+        if use:
+            for attn in attentions:
+                attn.check_result()
+        for attn in attentions:
+            attn.use_result(use)
         self.cfg.use_attn_result = use
         self.setup()
 

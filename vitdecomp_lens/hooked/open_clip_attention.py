@@ -52,6 +52,11 @@ class TorchAttention(PackedAttention):
         """Weight and bias of ``out_proj``."""
         return linear_out(self.core.out_proj)  # type: ignore[arg-type]
 
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        """None: torch reads the weights of ``out_proj`` and does not call it."""
+        return ()
+
     def call_core(self, x: Tensor) -> Tensor:
         """Call the library's module as self-attention."""
         out: Tensor = self.core(x, x, x, need_weights=False)[0]
@@ -137,6 +142,11 @@ class OpenClipAttention(PackedAttention):
     def projection_out(self) -> tuple[Float[Tensor, "d_model d_attn"], Float[Tensor, "d_model"] | None]:
         """Weight and bias of ``out_proj``."""
         return linear_out(self.core.out_proj)  # type: ignore[arg-type]
+
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        """``out_proj`` and its dropout."""
+        return self.core.out_proj, self.core.out_drop  # type: ignore[return-value]
 
     def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
         """Queries, keys and values."""

@@ -1,7 +1,37 @@
 """What a block does with a branch's output before it is added to the stream."""
 
+from collections.abc import Iterable
+
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from vitdecomp_lens.errors import UnsupportedModelError
+
+
+_PLAIN_FORWARDS = (nn.Linear.forward, nn.Dropout.forward, nn.Identity.forward)
+
+
+def check_plain(what: str, layers: Iterable[nn.Module], around: Iterable[nn.Module] = ()) -> None:
+    """Refuse modules that do more than their weights say, where these are used and the modules not called.
+
+    Args:
+        what: What is computed so.
+        layers: Linear layers and dropouts.
+        around: Modules of any class, of which only forward hooks are refused.
+
+    Raises:
+        UnsupportedModelError: Naming the module's class, and what it does besides.
+    """
+    layers = tuple(layers)
+    own = [layer for layer in layers if type(layer).forward not in _PLAIN_FORWARDS or "forward" in vars(layer)]
+    hooked = [module for module in (*layers, *around) if module._forward_hooks or module._forward_pre_hooks]
+    for modules, extra in ((own, "a forward of its own"), (hooked, "forward hooks")):
+        if modules:
+            raise UnsupportedModelError(
+                f"{what} is computed from the weights of the output projection, without calling its modules; but "
+                f"{type(modules[0]).__name__} has {extra}, which would not run. Wrap the model without it, or use "
+                f"hook_z, which leaves the projection to the library."
+            )
 
 
 class Tail:

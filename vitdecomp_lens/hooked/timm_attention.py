@@ -60,6 +60,11 @@ class TimmPackedAttention(PackedAttention):
         """Weight and bias of ``proj``."""
         return linear_out(self.core.proj)  # type: ignore[arg-type]
 
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        """``proj`` and its dropout."""
+        return self.core.proj, self.core.proj_drop  # type: ignore[return-value]
+
     def norm_qk(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Apply QK-norm."""
         return self.core.q_norm(q), self.core.k_norm(k)  # type: ignore[operator]

@@ -14,7 +14,7 @@ from vitdecomp_lens.hooked.hook_points import any_hooked, fire
 from vitdecomp_lens.hooked.mlp import HookedMLP, bias_or_zeros
 from vitdecomp_lens.hooked.norms import hooked_norm
 from vitdecomp_lens.hooked.packed import linear_out
-from vitdecomp_lens.hooked.tail import Tail
+from vitdecomp_lens.hooked.tail import Tail, check_plain
 from vitdecomp_lens.hooked.timm_attention import TimmPackedAttention, differential_mix
 from vitdecomp_lens.points import LazyHookPoint
 
@@ -44,6 +44,11 @@ class ScalingAttention(TimmPackedAttention):
             return linear_out(core.attn_out_proj)
         weight = core.out_proj.weight
         return weight[:, : core.in_split[1]], None
+
+    @property
+    def output_layers(self) -> tuple[nn.Module, ...]:
+        """The output projection: the attention's own, or the one that both branches share."""
+        return (self.core.attn_out_proj if self.core.out_proj is None else self.core.out_proj,)  # type: ignore[return-value]
 
     def norm_qk(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Apply QK-norm, on tokens before heads as the library does."""
@@ -187,6 +192,9 @@ class ScalingBlock(HookedBlock):
         z = fire(self.attn.hook_z, self.attn.mix_hooked(*self.attn.norm_qk(*heads[:2]), heads[2]))
         post = fire(self.mlp.hook_post, core.mlp_drop(core.mlp_act(fire(self.mlp.hook_pre, neurons))))
         if apart:
+            # The MLP's own projection too is used without being called.
+            layers = (core.out_proj,) if core.out_proj is not None else (core.attn_out_proj, core.mlp_out_proj)
+            check_plain("Either branch of a parallel block", layers, around=(core.ls,))
             attn_out = fire(self.hook_attn_out, core.drop_path(self.attn.branch(z)))
             mlp_out = functional.linear(post, self.mlp.weight_out, self.mlp.bias_out)
             return x + attn_out + fire(self.hook_mlp_out, core.drop_path(core.ls(mlp_out)))
