@@ -251,9 +251,11 @@ def selects(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     dim = argument(node, 1, "dim") % len(sizes(source))
     size = sizes(source)[dim]
     index = argument(node, 2, "index") % size
-    # What lies before the batch, or before heads, is a group of channels (query, key or value); else a token.
+    # What lies before the batch, or before heads, is a group of channels (query, key or value); what lies last, a
+    # channel; else it is a token.
     before_heads = dim < len(pairs.owners) and pairs.owners[dim] == "both"
-    owner: Literal["A", "M"] = "M" if dim <= pairs.batch or before_heads else "A"
+    last = dim == len(sizes(source)) - 1
+    owner: Literal["A", "M"] = "M" if dim <= pairs.batch or before_heads or last else "A"
     return [(source, _cut_out(_with_dim(pairs, on.tape, dim, owner), on.tape, dim, slice(index, index + 1), size))]
 
 
@@ -371,14 +373,22 @@ def negates(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
 
 @adjoint("aten::mean", "aten::sum")
 def averages(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
-    """The same weight for every entry of the dimensions that were averaged, and A owns them."""
-    source = _input(node)
+    """The same weight for every entry of the dimensions that were averaged.
+
+    M owns them if they are the last one, channels as a norm averages them; else A does.
+    """
+    source, mean = _input(node), operation(node) == "aten::mean"
     shape, count = sizes(source), len(sizes(source))
     dims = sorted(d % count for d in (argument(node, 1, "dim") or range(count)))
+    over_channels = dims == [count - 1] and pairs.batch != count - 1
     if not argument(node, 2, "keepdim", False):
         for dim in dims:
-            pairs = _with_dim(pairs, on.tape, dim)
-    return [(source, _spread_evenly(pairs, on.tape, dims, shape, mean=operation(node) == "aten::mean"))]
+            pairs = _with_dim(pairs, on.tape, dim, "M" if over_channels else "A")
+    if over_channels:
+        pairs = settle(pairs, on.tape, dims, "M")
+        maps = pairs.maps.expand(*pairs.maps.shape[:-1], shape[-1])
+        return [(source, replace(pairs, maps=maps / shape[-1] if mean else maps))]
+    return [(source, _spread_evenly(pairs, on.tape, dims, shape, mean=mean))]
 
 
 def _spread_evenly(pairs: Pairs, tape: Tape, dims: list[int], shape: tuple[int, ...], *, mean: bool) -> Pairs:
