@@ -1,5 +1,6 @@
 """What cannot be hooked, and images that cannot be run, are refused by name and with advice."""
 
+import copy
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.hooked import Adapter, HookedViT, register_adapter
-from vitdecomp_lens.hooked.registry import find_adapter
+from vitdecomp_lens.hooked.registry import ImageSpec, find_adapter
 
 
 @pytest.fixture
@@ -271,7 +272,7 @@ def test_branches_of_parallel_blocks_are_refused_where_the_projection_is_not_pla
     projection.register_forward_hook(lambda module, args, output: 2 * output)
     model = HookedViT(module)
     assert torch.equal(model(images), module(images))
-    with pytest.raises(UnsupportedModelError, match="parallel block.*Linear has forward hooks"):
+    with pytest.raises(UnsupportedModelError, match=r"parallel block.*Linear has forward hooks"):
         model.run_with_cache(images, names_filter="blocks.0.hook_mlp_out")
 
 
@@ -294,3 +295,92 @@ def test_looking_at_results_leaves_the_output_of_a_parametrised_projection(image
     assert torch.equal(attn.b_O, proj.bias * module.blocks[0].ls1.gamma)
     added = cache["blocks.0.attn.hook_result"].sum(2) + attn.b_O
     assert torch.allclose(added, cache["blocks.0.hook_attn_out"], atol=1e-5)
+
+
+# Changes after wrapping ------------------------------------------------------------------------------------
+
+
+def _swap_blocks(module):
+    module.blocks[0], module.blocks[1] = module.blocks[1], module.blocks[0]
+
+
+def _move_first_block_last(module):
+    first = module.blocks._modules.pop("0")
+    module.blocks._modules["0"] = first
+
+
+CHANGES = {
+    "blocks.2' of the wrapped VisionTransformer was added": lambda m: m.blocks.append(m.blocks[0]),
+    "blocks.1' of the wrapped VisionTransformer was removed": lambda m: m.blocks._modules.pop("1"),
+    "norm' of the wrapped VisionTransformer was replaced": lambda m: setattr(m, "norm", nn.Identity()),
+    "blocks.0' of the wrapped VisionTransformer was replaced": _swap_blocks,
+    "order of the submodules of 'blocks'": _move_first_block_last,
+    "blocks.0.mlp.act.extra' of the wrapped VisionTransformer was added": lambda m: m.blocks[0].mlp.act.add_module(
+        "extra", nn.Identity()
+    ),
+    "attribute 'global_pool' of the wrapped VisionTransformer was changed": lambda m: setattr(m, "global_pool", "avg"),
+    "attribute 'blocks.1.norm1.eps'": lambda m: setattr(m.blocks[1].norm1, "eps", 1.0),
+    "attribute 'blocks.1.attn.scale'": lambda m: setattr(m.blocks[1].attn, "scale", torch.tensor([1.0, 2.0])),
+    "attribute 'blocks.0.attn.fused_attn'": lambda m: setattr(m.blocks[0].attn, "fused_attn", 1),
+    "attribute 'norm.normalized_shape'": lambda m: setattr(m.norm, "normalized_shape", (16,)),
+    "attribute 'blocks.0.attn.num_heads'": lambda m: delattr(m.blocks[0].attn, "num_heads"),
+}
+
+
+@pytest.mark.parametrize("message", list(CHANGES))
+def test_what_was_changed_after_wrapping_is_refused_by_name(images, message):
+    module = TINY_MODELS["class_token"]()
+    model = HookedViT(module)
+    model(images)
+    CHANGES[message](module)
+    with pytest.raises(UnsupportedModelError, match=re.escape(message) + r".*Wrap the changed module again"):
+        model(images)
+
+
+def test_changes_that_change_nothing_pass(images):
+    module = TINY_MODELS["class_token"]()
+    model = HookedViT(module)
+    module.train()
+    module.blocks[0].norm1.eps = float(str(module.blocks[0].norm1.eps))
+    module.norm = module.norm
+    module.remark = "of the user's own"
+    assert torch.equal(model(images), module(images))
+    assert not model.training
+
+
+def test_a_deep_copy_is_watched_too(images):
+    model = copy.deepcopy(HookedViT(TINY_MODELS["class_token"]()))
+    model(images)
+    model.original.blocks[0].norm1.eps = 1.0
+    with pytest.raises(UnsupportedModelError, match=r"attribute 'blocks\.0\.norm1\.eps'"):
+        model(images)
+
+
+def test_hooks_put_on_the_original_later_are_not_followed(images):
+    module = TINY_MODELS["class_token"]()
+    model = HookedViT(module)
+    expected = module(images)
+    module.blocks[0].register_forward_hook(lambda module, args, output: 2 * output)
+    assert torch.equal(model(images), expected)
+    assert not torch.equal(module(images), expected)
+
+
+def test_a_wrapped_model_is_not_wrapped_again(model):
+    with pytest.raises(UnsupportedModelError, match=r"wrapped already.*HookedViT\(model\.original\)"):
+        HookedViT(model)
+    assert HookedViT(model.original).original is model.original
+
+
+def test_a_clip_whose_tower_is_wrapped_is_not_wrapped_again():
+    clip = TINY_MODELS["open_clip_whole"]()
+    clip.visual = HookedViT(clip.visual)
+    with pytest.raises(UnsupportedModelError, match="wrapped already"):
+        HookedViT(clip)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "multiple_of"),
+    [("class_token", (32, 32), (1, 1)), ("dynamic_size", None, (8, 8)), ("open_clip", (32, 32), (1, 1))],
+)
+def test_a_model_says_what_images_it_takes(name, size, multiple_of):
+    assert HookedViT(TINY_MODELS[name]()).image_spec == ImageSpec(3, size, multiple_of)

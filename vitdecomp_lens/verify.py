@@ -146,7 +146,7 @@ def _perturb(module: nn.Module, seed: int) -> None:
 def _random_images(model: HookedViT, count: int, seed: int) -> Tensor:
     if count < 1:
         raise InputError(f"Expected at least one random image; got count={count}.")
-    spec = model._tower.image
+    spec = model.image_spec
     size = spec.size or _configured_size(model.original)
     if size is None:
         raise InputError(

@@ -5,7 +5,10 @@ user's model; but each pair of modules holds the *same* ``_parameters`` and ``_b
 ``.to()``, ``load_state_dict`` and a replaced parameter on either side reach both.
 """
 
+from collections.abc import Callable, Mapping
+from operator import is_, itemgetter
 from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +23,7 @@ HOOK_DICTS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_OF_TORCH = frozenset(nn.Module().__dict__)  # `training` among them
 
 
 def clone_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
@@ -63,32 +67,89 @@ def adopt_hooks(wrapper: nn.Module, core: nn.Module) -> None:
 
 
 class StructureWatch:
-    """Notices when a submodule of the original has been replaced since it was cloned.
+    """Notices when submodules or settings of the original have changed since it was cloned.
+
+    Settings are the numbers, strings, booleans and Nones among a module's attributes, and tuples of those; but for
+    ``training``, for the clone has a mode of its own.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2))
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
         >>> watch = StructureWatch(net)
         >>> watch.check()
-        >>> net[0] = nn.Identity()
+        >>> net[1].eps = 0.1
         >>> watch.check()
         Traceback (most recent call last):
             ...
-        vitdecomp_lens.errors.UnsupportedModelError: The submodule '0' of the wrapped Sequential was ...
+        vitdecomp_lens.errors.UnsupportedModelError: The attribute '1.eps' of the wrapped Sequential was changed ...
     """
 
     def __init__(self, original: nn.Module) -> None:
         self._root = type(original).__name__
-        self._seen = [
-            (parent._modules, name, child, f"{path}.{name}" if path else name)
-            for path, parent in original.named_modules()
-            for name, child in parent._modules.items()
+        modules = list(original.named_modules())
+        self._children = [
+            (path, module._modules, tuple(module._modules), tuple(module._modules.values())) for path, module in modules
         ]
+        # The module, not its __dict__: a deep copy of a module has a new one.
+        self._settings = [(path, module, names) for path, module in modules if (names := _settings_of(module))]
+        self._getters = [(module, _getter(names)) for _, module, names in self._settings]
+        self._values = [get(module.__dict__) for module, get in self._getters]
 
     def check(self) -> None:
-        """Raise `UnsupportedModelError` if the original no longer has the submodules it had."""
-        for children, name, child, path in self._seen:
-            if children.get(name) is not child:
-                raise UnsupportedModelError(
-                    f"The submodule {path!r} of the wrapped {self._root} was replaced after wrapping, so the "
-                    f"hooked model would still run the old one. Wrap the changed module again: HookedViT(module)."
-                )
+        """Raise `UnsupportedModelError` if the original no longer has the submodules and settings that it had.
+
+        Runs before every forward pass, so it compares objects only, and looks closer where one is another.
+        """
+        for path, children, names, modules in self._children:
+            if len(children) != len(names) or (
+                names and (tuple(children) != names or not all(map(is_, children.values(), modules)))
+            ):
+                self._refuse_children(path, children, dict(zip(names, modules, strict=True)))
+        try:
+            same = all(
+                all(map(is_, get(module.__dict__), values))
+                for (module, get), values in zip(self._getters, self._values, strict=True)
+            )
+        except KeyError:  # an attribute that is gone
+            same = False
+        if not same:
+            self._compare_settings()
+
+    def _refuse_children(self, path: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+        for name in (*then, *now):
+            if now.get(name, self) is not then.get(name, self):
+                change = "removed" if name not in now else "replaced" if name in then else "added"
+                raise self._error(f"submodule {_below(path, name)!r}", change)
+        raise self._error(f"order of the submodules of {path!r}", "changed")
+
+    def _compare_settings(self) -> None:
+        """Raise for a setting that is not merely another object of the same value."""
+        for (path, module, names), values in zip(self._settings, self._values, strict=True):
+            for name, value in zip(names, values, strict=False):  # `_getter` gives one value more
+                now = module.__dict__.get(name, self)
+                if type(now) is not type(value) or now != value:
+                    raise self._error(f"attribute {_below(path, name)!r}", "changed")
+
+    def _error(self, what: str, change: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"The {what} of the wrapped {self._root} was {change} after wrapping, which the hooked model does not "
+            f"follow. Wrap the changed module again: HookedViT(module)."
+        )
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _settings_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the plain values among a module's attributes, without those that torch keeps for itself."""
+    return tuple(name for name, value in module.__dict__.items() if name not in _OF_TORCH and _is_plain(value))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    return itemgetter(*names, names[-1])  # of two names or more it makes a tuple

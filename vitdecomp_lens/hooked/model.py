@@ -15,12 +15,12 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from vitdecomp_lens.components import By, Point, TokenGrid
-from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
+from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, near_matches
 from vitdecomp_lens.hooked import checks, preprocess, reading
 from vitdecomp_lens.hooked.blocks import HookedBlock
 from vitdecomp_lens.hooked.clone import StructureWatch, clone_tree
 from vitdecomp_lens.hooked.config import read_config
-from vitdecomp_lens.hooked.registry import find_adapter
+from vitdecomp_lens.hooked.registry import ImageSpec, find_adapter
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 HookList = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
@@ -34,6 +34,10 @@ class HookedViT(HookedRootModule):
     is the original's, bit for bit, at its speed. ``forward`` returns what the original returns; for a CLIP,
     the image tower's projected embedding.
 
+    Torch's forward hooks that the module and its submodules have when it is wrapped run here too; those that are
+    registered on them later do not, nor do hooks of the hooked model run in the original. Submodules and settings
+    (``global_pool``, ``norm.eps``) changed later are not followed either: the next run refuses, and says which.
+
     Do not use it for a module without adapter: ``vitdecomp_lens.trace`` works for any.
 
     Args:
@@ -41,7 +45,7 @@ class HookedViT(HookedRootModule):
             a module whose class has an adapter of your own (`register_adapter`).
 
     Raises:
-        UnsupportedModelError: If the module has no adapter, or is compiled, replicated, quantised or
+        UnsupportedModelError: If the module has no adapter, or is wrapped already, compiled, replicated, quantised or
             training with dropout.
 
     Example:
@@ -57,9 +61,11 @@ class HookedViT(HookedRootModule):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self._refuse_hooked(module)
         checks.check_module(module)
         self._adapter = find_adapter(module)
         original = self._adapter.tower_of(module)
+        self._refuse_hooked(original)
         checks.check_module(original)
         # Not registered: the original keeps hooks and mode of its own, and state dicts speak its names.
         self.__dict__["original"] = original
@@ -71,6 +77,14 @@ class HookedViT(HookedRootModule):
         self.training = original.training
         self.cfg = read_config(self._tower, type(original).__name__)
         self.setup()
+
+    @staticmethod
+    def _refuse_hooked(module: nn.Module) -> None:
+        if isinstance(module, HookedViT):
+            raise UnsupportedModelError(
+                "The module is wrapped already: a HookedViT is used as it is. For hooks of its own, or after a change "
+                "of the module inside, wrap that one: HookedViT(model.original)."
+            )
 
     @classmethod
     def from_timm(cls, name: str, *, pretrained: bool = False, **timm_kwargs: Any) -> "HookedViT":
@@ -108,7 +122,7 @@ class HookedViT(HookedRootModule):
 
         Raises:
             InputError: If the images have a wrong shape, dtype or device.
-            UnsupportedModelError: If a submodule of the original was replaced after wrapping.
+            UnsupportedModelError: If submodules or settings of the original were changed after wrapping.
         """
         if not torch.compiler.is_compiling():
             self._watch.check()
@@ -121,7 +135,7 @@ class HookedViT(HookedRootModule):
         checks.check_values(images)
 
     def _check_cheaply(self, images: Any) -> None:
-        checks.check_shape(images, self._tower.image)
+        checks.check_shape(images, self.image_spec)
         checks.check_placement(images, self._weight)
 
     @property
@@ -275,6 +289,16 @@ class HookedViT(HookedRootModule):
     def hooked_blocks(self) -> list[HookedBlock]:
         """The blocks, typed."""
         return self._tower.blocks
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """What images the model takes: channels and size.
+
+        Example:
+            >>> HookedViT.from_timm("test_vit").image_spec
+            ImageSpec(channels=3, size=(160, 160), multiple_of=(1, 1))
+        """
+        return self._tower.image
 
     @property
     def branches(self) -> int:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from vitdecomp_lens.errors import UnsupportedModelError
 
-
 _PLAIN_FORWARDS = (nn.Linear.forward, nn.Dropout.forward, nn.Identity.forward)
 
 
