@@ -11,8 +11,9 @@ from timm.data import create_transform, resolve_data_config
 from tiny_models import TINY_MODELS
 
 from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.explain import explain
 from vitdecomp_lens.hooked import HookedViT
-from vitdecomp_lens.hooked.preprocess import seen_rectangle, to_batch
+from vitdecomp_lens.hooked.preprocess import open_upright, seen_rectangle, to_batch
 
 SIZES = [(100, 60), (60, 100), (64, 64), (37, 211)]
 
@@ -136,6 +137,62 @@ def test_truncated_photographs_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(InputError, match=r"cut\.jpg' cannot be read"):
         to_batch([path], timm_transform(8, 1.0, "center"))
+
+
+def test_photographs_are_turned_as_their_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by a quarter to show
+    upright, path, transform = gradient(90, 60), tmp_path / "turned.png", timm_transform(8, 1.0, "center")
+    upright.rotate(90, expand=True).save(path, exif=exif)
+    with Image.open(path) as opened:
+        batch = to_batch([path, opened, upright], transform)
+    assert torch.equal(batch[0], batch[2])
+    assert torch.equal(batch[1], batch[2])
+    assert seen_rectangle(path, transform) == seen_rectangle(upright, transform) == (15.0, 0.0, 75.0, 60.0)
+
+
+def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
+    grey = gradient(48, 48).getchannel("R")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 256).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(open_upright(tmp_path / "deep.png")), np.asarray(grey.convert("RGB")))
+
+
+def test_palettes_with_transparency_are_read_without_a_warning(tmp_path):
+    path = tmp_path / "palette.png"
+    gradient(9, 9).convert("P").save(path, transparency=bytes(range(256)))
+    assert open_upright(path).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "error", [SyntaxError("broken"), ValueError("broken"), EOFError("broken"), Image.DecompressionBombError("broken")]
+)
+def test_whatever_a_reader_raises_names_the_photograph(tmp_path, monkeypatch, error):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(InputError, match=r"holiday\.png' cannot be read: broken\. Leave it out"):
+        to_batch([tmp_path / "holiday.png"], timm_transform(8, 1.0, "center"))
+
+
+def test_huge_photographs_and_folders_are_refused_by_name(tmp_path, monkeypatch):
+    gradient(60, 60).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=r"huge\.png' cannot be read.*exceeds limit"):
+        to_batch([tmp_path / "huge.png"], timm_transform(8, 1.0, "center"))
+    with pytest.raises(InputError, match=r"is a folder\. Name the files in it"):
+        to_batch([tmp_path], timm_transform(8, 1.0, "center"))
+
+
+def test_a_model_sees_what_explain_says_that_it_sees(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gradient(300, 200).save(tmp_path / "turned.jpg", exif=exif)
+    model = HookedViT.from_timm("test_vit")
+    (explanation,) = explain(model, [tmp_path / "turned.jpg"], class_=3, top=0)
+    logits = model(model.preprocess([tmp_path / "turned.jpg"]))
+    assert explanation.size == (200, 300)
+    assert explanation.logit == pytest.approx(logits[0, 3].item(), abs=1e-5)
 
 
 def test_something_else_than_a_list_of_photographs_is_refused():

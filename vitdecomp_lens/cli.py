@@ -21,9 +21,10 @@ from torch import nn
 from vitdecomp_lens import weights
 from vitdecomp_lens.certificate import WIDTH
 from vitdecomp_lens.errors import InputError, VitDecompError
-from vitdecomp_lens.explain import Explainer, open_upright
+from vitdecomp_lens.explain import Explainer
 from vitdecomp_lens.explanation import FORMAT, VERSION, Explanation, printable
 from vitdecomp_lens.hooked import HookedViT
+from vitdecomp_lens.hooked.preprocess import open_upright
 from vitdecomp_lens.pictures import INSTALL, can_draw, save_picture
 from vitdecomp_lens.verify import NONE_STATED, verify
 

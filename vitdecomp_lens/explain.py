@@ -3,13 +3,12 @@
 For the logits of a classifier. For scores along other directions, such as texts, see `attribute_tokens`.
 """
 
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from vitdecomp_lens.class_names import ClassNames
@@ -19,9 +18,9 @@ from vitdecomp_lens.decomposition import Attribution
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.explanation import Contribution, Explanation, Heatmap, Prediction, Rectangle, share_of
 from vitdecomp_lens.hooked import HookedViT
+from vitdecomp_lens.hooked.preprocess import Photograph, open_upright
 from vitdecomp_lens.tokens import TokenAttribution
 
-Photograph = Image.Image | str | Path
 PREDICTIONS = 5
 
 
@@ -199,32 +198,3 @@ def _covered(seen: Rectangle, grid: TokenGrid, image: Tensor) -> Rectangle:
         left + (right - left) * width / image.shape[3],
         top + (bottom - top) * height / image.shape[2],
     )
-
-
-def open_upright(photograph: Photograph) -> Image.Image:
-    """Return an RGB image, turned as its EXIF data say; reading it if a path is given.
-
-    Raises:
-        InputError: If it cannot be read; the message names the file.
-    """
-    if isinstance(photograph, Image.Image):
-        return _as_rgb(ImageOps.exif_transpose(photograph))
-    path = Path(photograph)
-    if path.is_dir():
-        raise InputError(f"The photograph {str(path)!r} is a folder. Name the files in it, as in {path.name}/*.jpg.")
-    try:
-        with Image.open(path) as opened:
-            return _as_rgb(ImageOps.exif_transpose(opened))
-    # What Pillow's readers raise for damaged files of one format or another.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"The photograph {str(path)!r} cannot be read: {error}. Leave it out or replace it."
-        ) from error
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")  # Pillow's own conversion cuts off at 255
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")

@@ -41,7 +41,7 @@ def save_picture(explanation: Explanation, photograph: Image.Image, path: str | 
 
     Args:
         explanation: The explanation.
-        photograph: Its photograph, upright; see `vitdecomp_lens.explain.open_upright`.
+        photograph: Its photograph, upright; see `vitdecomp_lens.hooked.preprocess.open_upright`.
         path: Where to write.
 
     Raises:

@@ -296,7 +296,7 @@ class HookedViT(HookedRootModule):
 
         Example:
             >>> HookedViT.from_timm("test_vit").image_spec
-            ImageSpec(channels=3, size=(160, 160), multiple_of=(1, 1))
+            ImageSpec(channels=3, size=None, multiple_of=(16, 16))
         """
         return self._tower.image
 
@@ -329,7 +329,7 @@ class HookedViT(HookedRootModule):
     # Photographs ---------------------------------------------------------------------------------------
 
     def preprocess(self, images: Sequence[Image.Image | str | Path]) -> Float[Tensor, "batch channel height width"]:
-        """Turn photographs into a batch, as the library does for evaluation.
+        """Turn photographs, upright as their EXIF data say, into a batch, as the library does for evaluation.
 
         Args:
             images: PIL images or paths.
@@ -341,7 +341,7 @@ class HookedViT(HookedRootModule):
         return batch.to(self._weight.device, self._weight.dtype)
 
     def preprocess_geometry(self, image: Image.Image | str | Path) -> tuple[float, float, float, float]:
-        """Return the rectangle of a photograph that the model sees: left, top, right, bottom in its pixels."""
+        """Return the rectangle of an upright photograph that the model sees: left, top, right, bottom in pixels."""
         return preprocess.seen_rectangle(image, self._adapter.transform(self.original))
 
     # State, in the original's terms --------------------------------------------------------------------
