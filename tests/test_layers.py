@@ -32,7 +32,19 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
-FROZEN = ("fingerprint", "rules", "walk", "replay", "pairs", "adjoints", "compiled", "program", "slow", "graph", "trace")
+FROZEN = (
+    "fingerprint",
+    "rules",
+    "walk",
+    "replay",
+    "pairs",
+    "adjoints",
+    "compiled",
+    "program",
+    "slow",
+    "graph",
+    "trace",
+)
 
 
 def imports(path):
