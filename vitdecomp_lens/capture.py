@@ -99,7 +99,7 @@ def _places_for_rows(graph: FrozenGraph, program: CompiledCut, batch: int) -> di
     """Where the rows that are kept of large values go.
 
     They are made before the run. Small tensors that are made during it come to lie between the large ones of the
-    forward, and the allocator then has to ask for new pages in every layer: 4 % of a ViT-B's forward.
+    forward, and the allocator then has to ask for new pages in every layer.
     """
     places = {}
     for name in program.points:
