@@ -70,8 +70,8 @@ def test_only_rows_that_are_read_are_kept_of_a_run(monkeypatch):
     kept = []
     capture = requests.capture
 
-    def spy(*args):
-        captured = capture(*args)
+    def spy(*args, **options):
+        captured = capture(*args, **options)
         kept.append({name: tuple(value.shape) for name, value in captured.kept.items()})
         return captured
 
@@ -89,9 +89,9 @@ def test_a_batch_is_run_in_pieces_that_keep_little(monkeypatch):
     sizes = []
     capture = requests.capture
 
-    def spy(run, piece, *rest):
+    def spy(run, piece, *rest, **options):
         sizes.append(len(piece))
-        return capture(run, piece, *rest)
+        return capture(run, piece, *rest, **options)
 
     monkeypatch.setattr(requests, "capture", spy)
     whole = decompose(model, images.repeat(3, 1, 1, 1))

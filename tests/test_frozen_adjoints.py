@@ -464,8 +464,8 @@ def test_an_adjoint_is_the_derivative_of_the_eager_frozen_operation(case):
 
 def contributions(graph, program, cut, x):
     point = cut.points["hook_source"]
-    values = graph.evaluate([point, *program.leaves], {graph.images: x})
-    weights = program.weights(values, len(x))
+    values = graph.evaluate([point, *program.nodes], {graph.images: x})
+    weights = program.weights_at(values, len(x))
     kept = {"hook_source": program.keep("hook_source", values[point])}
     with torch.no_grad():
         return program.contributions(kept, weights, len(x))["hook_source"], program.shifted(weights, len(x))

@@ -105,7 +105,7 @@ def test_every_head_alone_is_what_the_replay_gives_for_it(name):
     splits = {hook: point.axis for hook, point in points.items()}
     program, recorded = graph.program(cut, splits=splits, dtype=torch.float64), graph.record(x)
     kept = {name: program.keep(name, recorded[node]) for name, node in cut.points.items()}
-    found = program.contributions(kept, program.weights(recorded, len(x)), len(x))
+    found = program.contributions(kept, program.weights_at(recorded, len(x)), len(x))
     assert set(found) == set(cut.points)
     for hook, node in cut.points.items():
         axis, value = splits[hook], recorded[node]
@@ -130,7 +130,7 @@ def test_a_token_alone_is_what_the_replay_gives_for_it(name):
     directions = torch.randn(3, graph.root.meta["val"].shape[-1], generator=torch.Generator().manual_seed(0)).double()
     program = graph.program(cut, splits=splits, directions=directions, dtype=torch.float64)
     recorded = graph.record(x)
-    weights = program.weights(recorded, len(x))
+    weights = program.weights_at(recorded, len(x))
     for hook, node in list(cut.points.items())[:3]:
         value, point = recorded[node], points[hook]
         heads = 1 if point.axis is None else value.shape[point.axis]
@@ -374,7 +374,7 @@ def test_the_slow_way_tells_tokens_apart_wherever_they_are():
     with pytest.warns(VitDecompWarning, match=message):
         program = graph.program(cut, dtype=torch.float64)
     recorded = graph.record(x)
-    value, weights = recorded[cut.points["hook_source"]], program.weights(recorded, len(x))
+    value, weights = recorded[cut.points["hook_source"]], program.weights_at(recorded, len(x))
     for axis, count in ((2, 24), (1, 4), (3, 6)):  # rows × columns, channels, columns
         out = torch.full((1, len(x), count, program.directions), torch.nan, dtype=torch.float64)
         program.by_token("hook_source", value, weights, out, token_axis=axis)

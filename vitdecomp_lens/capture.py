@@ -5,7 +5,8 @@ the cut reads, as they are after those hooks; what a hook changed on the path is
 statistics are computed from the nearest hook points by the traced graph itself.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 from transformer_lens.hook_points import HookPoint
 
-from vitdecomp_lens.frozen.compiled import CompiledCut
+from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf
 from vitdecomp_lens.frozen.graph import FrozenGraph
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
@@ -30,13 +31,40 @@ class Captured:
     Attributes:
         kept: For each point of the program, the part of its value that some path reads; for what hooks changed
             on the path, the difference.
-        leaves: Values of the nodes that the weights are computed from.
+        read: What the leaves of the program read.
         total: What the model computed.
     """
 
     kept: Mapping[str, Tensor]
-    leaves: Mapping[Node, Tensor]
+    read: Mapping[Leaf, Any]
     total: Float[Tensor, "batch d_rep"]
+
+
+SMALL_BYTES = 1 << 20
+
+
+class Shelf:
+    """One piece of memory, there before the run, for the many small things that are kept of it.
+
+    Small tensors that are made during a run come to lie between the large ones of the forward, and the allocator
+    then has to ask for new pages in every layer. A view of a large value would keep all of it.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._memory, self._used = torch.empty(size, dtype=dtype, device=device), 0
+
+    def put(self, value: Tensor) -> Tensor:
+        """A copy here; the value itself where it is large and has its memory to itself, or does not fit."""
+        alone = value.untyped_storage().nbytes() <= value.nbytes > SMALL_BYTES
+        if alone or not value.is_floating_point() or self._used + value.numel() > len(self._memory):
+            return value
+        place = self._memory[self._used : self._used + value.numel()].view(value.shape)
+        self._used += value.numel()
+        return place.copy_(value)
+
+    def clear(self) -> None:
+        """Make room for the next run."""
+        self._used = 0
 
 
 def changed_on_the_path(graph: FrozenGraph, cut: Cut, points: Mapping[str, HookPoint]) -> tuple[str, ...]:
@@ -52,6 +80,9 @@ def capture(
     graph: FrozenGraph,
     program: CompiledCut,
     changed: Iterable[str],
+    *,
+    at_once: Mapping[str, Callable[[Tensor], None]] | None = None,
+    shelf: Shelf | None = None,
 ) -> Captured:
     """Run a model once and keep what a program reads.
 
@@ -62,52 +93,75 @@ def capture(
         graph: The model, traced as it is hooked.
         program: The compiled cut.
         changed: Hook points whose users' changes are components.
+        at_once: What to do with the value at some points, in place of keeping it.
+        shelf: Where small things go.
     """
-    changed = set(changed)
-    values: dict[str, Tensor] = {}
+    changed, at_once = set(changed), at_once or {}
     kept: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
     reads = set(program.points)
-    wanted = {str(node.args[1]) for node in _nearest_points(graph, program.leaves)}
+    put = (lambda value: value) if shelf is None else shelf.put
+    leaves = _Leaves(graph, program, images, put)
     root = next((name for name, node in graph.points.items() if node is graph.root), None)
+    seen: list[Tensor] = []
 
     def keep_before(name: str, value: Tensor) -> None:
         before[name] = value.clone()  # a hook may write in place
 
-    places = {} if torch.is_grad_enabled() else _places_for_rows(graph, program, len(images))
-
     def keep(name: str, value: Tensor) -> None:
         if name in changed:
             kept[name] = program.keep(name, value - before.pop(name))
-        elif name in places:
-            dim, first, count = program.kept_rows(name)  # type: ignore[misc]
-            kept[name] = places[name].copy_(value.narrow(dim, first, count))
+        elif name in at_once:
+            at_once[name](program.part(name, value))
         elif name in reads:
-            kept[name] = program.keep(name, value)
-        if name in wanted or name == root:
-            values[name] = value
+            kept[name] = program.keep(name, value) if shelf is None else put(program.part(name, value))
+        if name == root:
+            seen[:] = [value]
+        leaves.meet(name, value)
 
-    with _listening(points, reads | wanted | ({root} if root else set()), keep, changed, keep_before):
+    with _listening(points, {*reads, *leaves.points, *([root] if root else [])}, keep, changed, keep_before):
         output = run(images)
-    total = (output if root is None else values[root]).flatten(1).clone()  # often a row of all tokens' values
-    given: dict[Node, Any] = {graph.points[name]: value for name, value in values.items() if name in wanted}
-    leaves = graph.evaluate(program.leaves, {**given, graph.images: images})
-    return Captured(kept, leaves, total)
+    total = (output if root is None else seen[0]).flatten(1).clone()  # often a row of all tokens' values
+    return Captured(kept, leaves.all_read(), total)
 
 
-def _places_for_rows(graph: FrozenGraph, program: CompiledCut, batch: int) -> dict[str, Tensor]:
-    """Where the rows that are kept of large values go.
+class _Leaves:
+    """Reads each leaf of a program as soon as all points have been met that it is computed from."""
 
-    They are made before the run. Small tensors that are made during it come to lie between the large ones of the
-    forward, and the allocator then has to ask for new pages in every layer.
-    """
-    places = {}
-    for name in program.points:
-        if (rows := program.kept_rows(name)) is not None:
-            shape = [batch, *sizes(graph.points[name])[1:]]
-            shape[rows[0]] = rows[2]
-            places[name] = torch.empty(shape, dtype=program.dtype, device=program.device)
-    return places
+    def __init__(
+        self, graph: FrozenGraph, program: CompiledCut, images: Tensor, put: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._graph, self._images, self._put = graph, images, put
+        self._needs = {leaf: frozenset(_nearest_points(graph, leaf.nodes)) for leaf in program.leaves}
+        self._of: dict[str, list[Leaf]] = {}
+        for leaf, names in self._needs.items():
+            for name in names:
+                self._of.setdefault(name, []).append(leaf)
+        self._met: dict[str, Tensor] = {}
+        self._read: dict[Leaf, Any] = {}
+
+    @property
+    def points(self) -> Iterable[str]:
+        return self._of
+
+    def meet(self, name: str, value: Tensor) -> None:
+        if name not in self._of:
+            return
+        self._met[name] = value
+        self._compute([leaf for leaf in self._of[name] if self._needs[leaf] <= self._met.keys()])
+        for met in [met for met in self._met if all(leaf in self._read for leaf in self._of[met])]:
+            del self._met[met]  # a large value; who still needs it keeps it
+
+    def _compute(self, leaves: Sequence[Leaf]) -> None:
+        given = {self._graph.images: self._images, **{self._graph.points[n]: value for n, value in self._met.items()}}
+        values = self._graph.evaluate([node for leaf in leaves for node in leaf.nodes], given)
+        for leaf in leaves:
+            read = leaf.read(*(values[node] for node in leaf.nodes))
+            self._read[leaf] = self._put(read) if isinstance(read, Tensor) else read
+
+    def all_read(self) -> Mapping[Leaf, Any]:
+        self._compute([leaf for leaf in self._needs if leaf not in self._read])  # those that need no point
+        return self._read
 
 
 @contextmanager
@@ -131,10 +185,10 @@ def _listening(
             handle.remove()
 
 
-def _nearest_points(graph: FrozenGraph, nodes: Iterable[Node]) -> list[Node]:
+def _nearest_points(graph: FrozenGraph, nodes: Iterable[Node]) -> list[str]:
     """The hook points from which values can be computed without going further back."""
-    tags = set(graph.points.values())
-    found: dict[Node, None] = {}
+    tags = {node: name for name, node in graph.points.items()}
+    found: dict[str, None] = {}
     ahead, seen = list(nodes), set()
     while ahead:
         node = ahead.pop()
@@ -142,20 +196,19 @@ def _nearest_points(graph: FrozenGraph, nodes: Iterable[Node]) -> list[Node]:
             continue
         seen.add(node)
         if node in tags:
-            found[node] = None
+            found[tags[node]] = None
         else:
             ahead += node.all_input_nodes
     return list(found)
 
 
-def kept_bytes(graph: FrozenGraph, program: CompiledCut) -> int:
-    """Bytes that one image leaves while a program reads it."""
-    elements = 0
+def kept_size(graph: FrozenGraph, program: CompiledCut, at_once: Collection[str] = ()) -> int:
+    """How many numbers a run keeps of one image."""
+    size = sum(leaf.size for leaf in program.leaves)
     for name in program.points:
-        shape = list(sizes(graph.points[name])[1:])
-        rows = program.kept_rows(name)
-        if rows is not None:
-            shape[rows[0] - 1] = rows[2]
-        elements += torch.Size(shape).numel()
-    elements += sum(torch.Size(sizes(node)[1:]).numel() for node in _nearest_points(graph, program.leaves))
-    return elements * program.dtype.itemsize
+        if name not in at_once:
+            shape = list(sizes(graph.points[name])[1:])
+            if (rows := program.kept_rows(name)) is not None:
+                shape[rows[0] - 1] = rows[2]
+            size += math.prod(shape)
+    return size

@@ -5,8 +5,9 @@ the model natively, and take what it computed through the compiled cut. They kno
 `Decomposable` says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from vitdecomp_lens.capture import Captured, capture, changed_on_the_path, kept_bytes
+from vitdecomp_lens.capture import Captured, Shelf, capture, changed_on_the_path, kept_size
 from vitdecomp_lens.components import By, Component, Point, TokenGrid
 from vitdecomp_lens.decomposition import Attribution, Coverage, Decomposition
 from vitdecomp_lens.errors import (
@@ -35,7 +36,7 @@ from vitdecomp_lens.tokens import TokenAttribution, TokenBlock
 
 T = TypeVar("T")
 MAX_BYTES = 512 << 20
-KEPT_BYTES = {"cpu": 60 << 20}  # what may be kept of a run at once; more images are run in pieces
+KEPT_BYTES = {"cpu": 48 << 20}  # what may be kept of a run at once; more images are run in pieces
 KEPT_BYTES_ELSEWHERE = 2 << 30
 
 
@@ -234,7 +235,7 @@ def attribute_tokens(
     """
     reading = _read(model, images, by, of, directions, tokens=True)
     maps = _TokenMaps(reading, components, max_bytes)
-    vectors = torch.cat(_on_pieces(reading, batch_size, maps.add))
+    vectors = torch.cat(_on_pieces(reading, batch_size, maps.add, maps.at_once()))
     directions = reading.along
     if of == "embedding":
         norm = vectors.norm(dim=-1, keepdim=True)
@@ -362,29 +363,49 @@ def _checked_directions(directions: Any, d_rep: int, images: Tensor) -> Tensor:
 # --- running ----------------------------------------------------------------------------------------------------
 
 
-def _on_pieces(reading: _Reading, batch_size: int | None, use: Callable[[int, Captured], T]) -> list[T]:
+def _on_pieces(
+    reading: _Reading,
+    batch_size: int | None,
+    use: Callable[[int, Captured], T],
+    at_once: Mapping[str, Callable[[int, Tensor], None]] | None = None,
+) -> list[T]:
     """Run the model on pieces of the batch, and use what each leaves; none of it outlives its use.
 
     Args:
         reading: What is read.
         batch_size: How many images a piece has; by default as many as keep little.
         use: Gets the number of a piece's first image, and what its run left.
+        at_once: What to do with the value at some points during the run, by the number of the piece's first image.
     """
-    images = reading.images
+    images, model, graph, program = reading.images, reading.model, reading.graph, reading.program
+    at_once = at_once or {}
+    size = kept_size(graph, program, at_once)
+    batch_size = _piece(batch_size, images, size * program.dtype.itemsize)
+    of = reading.of
+    run: Callable[[Tensor], Any] = (lambda piece: of(model, piece)) if callable(of) else model  # type: ignore[arg-type]
+    differentiable = torch.is_grad_enabled() and images.requires_grad
+    shelf = None if differentiable else Shelf(size * batch_size, program.dtype, program.device)
+    results = []
+    with torch.set_grad_enabled(differentiable):
+        for first in range(0, len(images), batch_size):
+            here = {name: partial(work, first) for name, work in at_once.items()}
+            piece = images[first : first + batch_size]
+            captured = capture(run, piece, model.hook_dict, graph, program, reading.changed, at_once=here, shelf=shelf)
+            results.append(use(first, captured))
+            if shelf is not None:
+                shelf.clear()
+    return results
+
+
+def _piece(batch_size: int | None, images: Tensor, bytes_of_one: int) -> int:
+    """How many images to run at once."""
     if batch_size is None:
         budget = KEPT_BYTES.get(images.device.type, KEPT_BYTES_ELSEWHERE)
-        batch_size = max(1, budget // max(1, kept_bytes(reading.graph, reading.program)))
-        batch_size = -(-len(images) // -(-len(images) // batch_size))  # even pieces
-    elif batch_size < 1:
+        most = max(1, budget // max(1, bytes_of_one))
+        return -(-len(images) // -(-len(images) // most))  # even pieces
+    if batch_size < 1:
         raise InputError(f"batch_size= must be at least 1; got {batch_size}.")
-    of, model = reading.of, reading.model
-    run: Callable[[Tensor], Any] = (lambda piece: of(model, piece)) if callable(of) else model  # type: ignore[arg-type]
-    hooks, graph, program = model.hook_dict, reading.graph, reading.program
-    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-        return [
-            use(first, capture(run, images[first : first + batch_size], hooks, graph, program, reading.changed))
-            for first in range(0, len(images), batch_size)
-        ]
+    return batch_size
 
 
 def _contributions(
@@ -401,7 +422,7 @@ def _contributions(
 
     def use(_first: int, captured: Captured) -> tuple[Tensor, Tensor]:
         batch = len(captured.total)
-        weights = program.weights(captured.leaves, batch)
+        weights = program.weights(captured.read, batch)
         names = [p.hook for p in read] + list(reading.changed)
         written = program.contributions(captured.kept, weights, batch, only=names)
         values = torch.cat([*(written[name] for name in names), program.shifted(weights, batch)])
@@ -444,6 +465,7 @@ class _TokenMaps:
         self.values = torch.empty(shape, dtype=program.dtype, device=program.device)
         self.untokened = torch.empty(len(self.others), batch, count, dtype=self.values.dtype, device=self.values.device)
         self.place = {component: row for row, component in enumerate(self.components)}
+        self.direct = [point for point in self.tokened if self._is_direct(point)]
         for point in self.tokened:
             rows = [self.place[c] for c in reading.components_of(point) if c in self.place]
             self.values[rows, :, : None if self._sums_heads(point) else point.skipped_tokens] = 0
@@ -454,31 +476,51 @@ class _TokenMaps:
     def add(self, first: int, captured: Captured) -> Tensor:
         """Write one piece of the batch; return the model's own vectors."""
         program, batch = self.reading.program, len(captured.total)
-        weights = program.weights(captured.leaves, batch)
+        weights = program.weights(captured.read, batch)
+        images = slice(first, first + batch)
         for point in self.tokened:
-            self._add_point(point, captured.kept[point.hook], weights, slice(first, first + batch))
+            if point in self.direct:
+                program.weigh(point.hook, weights, self._rows_of(point, images))
+            else:
+                self._add_point(point, captured.kept[point.hook], weights, images)
         if self.others:
-            self._add_others(captured, weights, slice(first, first + batch))
+            self._add_others(captured, weights, images)
         return captured.total.to(program.dtype)
+
+    def at_once(self) -> dict[str, Callable[[int, Tensor], None]]:
+        """What is written during the run, at points whose values need not be kept until the weights are known."""
+
+        def write(point: Point, first: int, value: Tensor) -> None:
+            images = slice(first, first + value.shape[0])
+            self.reading.program.unweighted(point.hook, value, self._rows_of(point, images))
+
+        return {point.hook: partial(write, point) for point in self.direct}
+
+    def _is_direct(self, point: Point) -> bool:
+        """Whether scores of a point are written where they belong, first unweighted."""
+        if self._sums_heads(point) or not self.reading.program.weighs_last(point.hook):
+            return False
+        places = [self.place.get(c, -1) for c in self.reading.components_of(point)]
+        return places[0] >= 0 and places == list(range(places[0], places[0] + len(places)))
+
+    def _rows_of(self, point: Point, images: slice) -> Tensor:
+        """Where the scores of a point's components go."""
+        mine = self.reading.components_of(point)
+        first = self.place[mine[0]]
+        return self.values[first : first + len(mine), images, point.skipped_tokens :]
 
     def _add_point(self, point: Point, kept: Tensor, weights: Any, images: slice) -> None:
         mine = self.reading.components_of(point)
-        places = [self.place[c] for c in mine if c in self.place]
-        if not places:
+        chosen = [number for number, component in enumerate(mine) if component in self.place]
+        if not chosen:
             return
-        program = self.reading.program
         split = 1 if point.axis is None else kept.shape[point.axis]
-        shape = (split, *self.values[0, images, point.skipped_tokens :].shape)
-        if places == list(range(places[0], places[0] + split)) and not self._sums_heads(point):
-            target = self.values[places[0] : places[0] + split, images, point.skipped_tokens :]
-            program.by_token(point.hook, kept, weights, target, token_axis=point.token_axis or 1)
-            return
-        scratch = self.values.new_empty(shape)
-        program.by_token(point.hook, kept, weights, scratch, token_axis=point.token_axis or 1)
+        scratch = self.values.new_empty(split, *self.values[0, images, point.skipped_tokens :].shape)
+        self.reading.program.by_token(point.hook, kept, weights, scratch, token_axis=point.token_axis or 1)
+        places = [self.place[mine[number]] for number in chosen]
         if self._sums_heads(point):
             self.values[places[0], images, point.skipped_tokens :] += scratch.sum(0)
         else:
-            chosen = [number for number, component in enumerate(mine) if component in self.place]
             self.values[places, images, point.skipped_tokens :] = scratch[chosen]
 
     def _add_others(self, captured: Captured, weights: Any, images: slice) -> None:

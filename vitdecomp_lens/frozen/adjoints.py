@@ -83,7 +83,7 @@ class Adjoint:
             value = value.reshape(static)
             return value.reciprocal() if inverse else value
 
-        leaf = self.tape.leaf(factor, f"factor {inverse} {static}", read, self.tape.ones(*shape))
+        leaf = self.tape.leaf((factor,), f"factor {inverse} {static}", read, shape)
         return replace(pairs, weights=self.tape.step(torch.mul, pairs.weights, leaf))
 
 
@@ -467,8 +467,7 @@ def multiplies_matrices(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
         raise NoFastPathError("a constant matrix from the left")
     if len(sizes(node)) != 4 or sizes(left)[:2] != sizes(right)[:2]:
         raise NoFastPathError("a pattern whose heads are folded into the batch, or shared")
-    pattern = on.tape.leaf(left, "pattern", lambda p: p, on.tape.ones(*sizes(left)))
-    return [(right, _through_pattern(node, pairs, on, lambda rows, p: p[:, :, rows], [pattern]))]
+    return [(right, _through_pattern(node, pairs, on, lambda rows, p: p[:, :, rows], [left]))]
 
 
 def _through_matrices(node: Node, pairs: Pairs, tape: Tape, stack: Tensor) -> Pairs:
@@ -496,11 +495,9 @@ def attention(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     scale = sizes(query)[-1] ** -0.5 if scale is None else scale  # type: ignore[arg-type]
     if len(sizes(node)) != 4 or causal or node.kwargs.get("enable_gqa", False):
         raise NoFastPathError("causal, grouped-query or three-dimensional attention")
-    slots = [_leaf_or_constant(on, operand) for operand in (query, key)]
-    if mask is not None:
-        slots.append(_leaf_or_constant(on, mask))
+    operands = [query, key] if mask is None else [query, key, mask]
 
-    def rows_of(rows: Tensor, q: Tensor, k: Tensor, m: Tensor | None = None) -> Tensor:
+    def rows_of(rows: slice, q: Tensor, k: Tensor, m: Tensor | None = None) -> Tensor:
         scores = (q[:, :, rows] * scale) @ k.transpose(-1, -2)
         if m is not None:
             m = _repeated(m, scores)
@@ -509,14 +506,7 @@ def attention(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
         return scores.softmax(-1)
 
     boolean = mask is not None and mask.meta["val"].dtype == torch.bool
-    return [(value, _through_pattern(node, pairs, on, rows_of, slots))]  # type: ignore[list-item]
-
-
-def _leaf_or_constant(on: Adjoint, operand: Any) -> int:
-    if operand in on.live:
-        return on.tape.leaf(operand, "operand", lambda v: v, on.tape.ones(*sizes(operand)))
-    value = _aligned(on.value(operand), 4)
-    return on.tape.step(lambda: value)
+    return [(value, _through_pattern(node, pairs, on, rows_of, operands))]  # type: ignore[list-item, arg-type]
 
 
 def _repeated(constant: Tensor, like: Tensor) -> Tensor:
@@ -529,31 +519,60 @@ MOST_ROWS_BYTES = 16 << 20  # the pattern is rebuilt in pieces of at most this s
 
 
 def _through_pattern(
-    node: Node, pairs: Pairs, on: Adjoint, rows_of: Callable[..., Tensor], operands: list[int]
+    node: Node, pairs: Pairs, on: Adjoint, rows_of: Callable[..., Tensor], operands: Sequence[Node]
 ) -> Pairs:
     """Pairs at the values [batch, head, key, d_head]: A[r, b, h, k] = Σ_q A[r, b, h, q] pattern[b, h, q, k]."""
     pairs = settle(settle(pairs, on.tape, [2], "A"), on.tape, [3], "M")
     if pairs.batch != 0:
         raise NoFastPathError("attention whose batch is not its first dimension")
-    read = on.tape.examples[pairs.weights].flatten(0, 2)[..., 0].ne(0).any(0).nonzero()[:, 0]
-    heads, keys = sizes(node)[1], sizes(node.args[2] if len(node.args) > 2 else node.args[1])[2]  # type: ignore[arg-type]
+    read = _read_rows(on.tape.examples[pairs.weights])
+    batch, heads, _, d_head = sizes(node)
+    keys = sizes(node.args[2] if len(node.args) > 2 else node.args[1])[2]  # type: ignore[arg-type]
+    rows = read.stop - read.start
+    if few := rows < d_head:  # then the pattern's rows are less to keep than queries and keys
+        slots = [_leaf_of_rows(on, operands, rows_of, read, (batch, heads, rows, keys))]
+    else:
+        slots = [_leaf_or_constant(on, operand) for operand in operands]
 
     def mixed(a: Tensor, *values: Tensor) -> Tensor:
-        rows = read.to(a.device)
-        weights = a[:, :, :, rows, 0].unsqueeze(3)  # [r, batch, head or 1, 1, query]
-        batch = weights.shape[1]
-        step = max(1, MOST_ROWS_BYTES // (a.element_size() * batch * len(rows) * keys))
+        weights = a[:, :, :, read, 0].unsqueeze(3)  # [r, batch, head or 1, 1, query]
+        step = max(1, MOST_ROWS_BYTES // (a.element_size() * weights.shape[1] * rows * keys))
         pieces = []
         for first in range(0, heads, step):
             part = slice(first, min(first + step, heads))
             mine = [v[:, part] if v.dim() == 4 and v.shape[1] == heads else v for v in values]
             some = weights if weights.shape[2] == 1 else weights[:, :, part]
-            pieces.append((some @ rows_of(rows, *mine)).squeeze(3))
+            pieces.append((some @ (mine[0] if few else rows_of(read, *mine))).squeeze(3))
         return torch.cat(pieces, dim=2).unsqueeze(-1)
 
-    weights = on.tape.step(mixed, pairs.weights, *operands)
+    weights = on.tape.step(mixed, pairs.weights, *slots)
     owners = (pairs.owners[0], "both" if pairs.owners[1] != "A" else "A", "A", "M")
     return replace(pairs, weights=weights, owners=owners)  # type: ignore[arg-type]
+
+
+def _leaf_or_constant(on: Adjoint, operand: Node) -> int:
+    if operand in on.live:
+        return on.tape.leaf((operand,), "operand", lambda v: v, sizes(operand))
+    value = _aligned(on.value(operand), 4)
+    return on.tape.step(lambda: value)
+
+
+def _leaf_of_rows(
+    on: Adjoint, operands: Sequence[Node], rows_of: Callable[..., Tensor], read: slice, shape: Sequence[int]
+) -> int:
+    constants = [None if n in on.live else _aligned(on.value(n), 4) for n in operands]
+
+    def rows(*values: Tensor) -> Tensor:
+        several = iter(values)
+        return rows_of(read, *(next(several) if constant is None else constant for constant in constants))
+
+    return on.tape.leaf(tuple(n for n in operands if n in on.live), f"rows {read}", rows, shape)
+
+
+def _read_rows(a: Tensor) -> slice:
+    """The queries that A, ``[r, batch, head, query, 1]``, reads: from the first to the last."""
+    read = a.flatten(0, 2)[..., 0].ne(0).any(0).nonzero()[:, 0]
+    return slice(int(read[0]), int(read[-1]) + 1) if len(read) else slice(0, 0)
 
 
 @adjoint("aten::conv2d")
@@ -649,7 +668,7 @@ def _norm_statistic(node: Node, pairs: Pairs, on: Adjoint, inverse: Callable[[Te
     shape = list(sizes(_input(node)))
     for dim in norm_dims(node):
         shape[dim] = 1
-    leaf = on.tape.leaf(_input(node), f"statistic of {node.name}", inverse, on.tape.ones(*shape))
+    leaf = on.tape.leaf((_input(node),), f"statistic of {node.name}", inverse, shape)
     return replace(pairs, weights=on.tape.step(torch.mul, pairs.weights, leaf))
 
 

@@ -1,7 +1,8 @@
 """What a compiled cut can be asked: one interface, a fast way (``program.py``) and a slow one (``slow.py``)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +11,27 @@ from torch import Tensor
 from torch.fx import Node
 
 
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """Something that the frozen map is computed from: a reading of the values of some nodes.
+
+    Attributes:
+        nodes: Whose values are read.
+        read: From their values to what is kept of them, such as a norm's 1/σ.
+        size: How many numbers of that there are for an image.
+    """
+
+    nodes: tuple[Node, ...]
+    read: Callable[..., Any]
+    size: int
+
+
 class CompiledCut(ABC):
     """From the values at the points of a cut to their contributions along given directions.
 
     Attributes:
         points: Names of the points that are read.
-        leaves: Nodes whose values `weights` needs.
+        leaves: What `weights` needs.
         constants: Names of what no image changes, each once.
         directions: How many directions are read.
         dtype: In which contributions are computed: at least float32.
@@ -23,7 +39,7 @@ class CompiledCut(ABC):
     """
 
     points: tuple[str, ...]
-    leaves: Sequence[Node]
+    leaves: Sequence[Leaf]
     constants: tuple[str, ...]
     directions: int
     dtype: torch.dtype
@@ -33,13 +49,27 @@ class CompiledCut(ABC):
     def kept_rows(self, point: str) -> tuple[int, int, int] | None:
         """Which part of a point's value some path reads: a dimension, the first row and how many; None for all."""
 
-    @abstractmethod
+    def part(self, point: str, value: Tensor) -> Tensor:
+        """The part of a point's value that some path reads."""
+        rows = self.kept_rows(point)
+        return value if rows is None else value.narrow(*rows)
+
     def keep(self, point: str, value: Tensor) -> Tensor:
-        """The part of a point's value that some path reads; a small part is copied so that the rest is freed."""
+        """A copy of the part of a point's value that some path reads, so that the rest is freed."""
+        return value if self.kept_rows(point) is None else self.part(point, value).clone()
 
     @abstractmethod
-    def weights(self, leaves: Mapping[Node, Any], batch: int) -> Any:
-        """The frozen map at one batch, from the values of ``leaves``: what the methods below take as ``weights``."""
+    def weights(self, read: Mapping[Leaf, Any], batch: int) -> Any:
+        """The frozen map at one batch, from what the leaves read: what the methods below take as ``weights``."""
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes whose values the leaves read, each once."""
+        return list(dict.fromkeys(node for leaf in self.leaves for node in leaf.nodes))
+
+    def weights_at(self, values: Mapping[Node, Any], batch: int) -> Any:
+        """`weights`, from the values of nodes."""
+        return self.weights({leaf: leaf.read(*(values[n] for n in leaf.nodes)) for leaf in self.leaves}, batch)
 
     @abstractmethod
     def contributions(
@@ -70,3 +100,15 @@ class CompiledCut(ABC):
             out: Where to write; its number of tokens is that of the point's value.
             token_axis: The first axis of the point's value that runs over tokens.
         """
+
+    def weighs_last(self, point: str) -> bool:
+        """Whether `by_token` of a point is `unweighted`, which needs its value only, and then `weigh`."""
+        return False
+
+    def unweighted(self, point: str, value: Tensor, out: Float[Tensor, "split batch token direction"]) -> None:
+        """Write what a point's whole value gives before it is weighted: all that needs its value."""
+        raise NotImplementedError
+
+    def weigh(self, point: str, weights: Any, out: Float[Tensor, "split batch token direction"]) -> None:
+        """Weight what `unweighted` wrote."""
+        raise NotImplementedError

@@ -311,8 +311,8 @@ class FrozenGraph:
         program = self.program(cut, directions=directions, dtype=wide(images.dtype))
         batch = len(images)
         with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
-            values = self.evaluate([*cut.points.values(), *program.leaves], {self.images: images})
-            weights = program.weights(values, batch)
+            values = self.evaluate([*cut.points.values(), *program.nodes], {self.images: images})
+            weights = program.weights_at(values, batch)
             kept = {name: program.keep(name, values[node]) for name, node in cut.points.items()}
             written = {name: value[0] for name, value in program.contributions(kept, weights, batch).items()}
             return {**written, **dict(zip(program.constants, program.shifted(weights, batch), strict=True))}

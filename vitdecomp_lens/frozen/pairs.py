@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vitdecomp_lens.errors import CapacityError, VitDecompError
+from vitdecomp_lens.frozen.compiled import Leaf
 
 Owner = Literal["A", "M", "both"]
 MOST_PAIRS = 1024
@@ -64,7 +65,7 @@ class Pairs:
 class Tape:
     """A little program for the weights A, recorded once and run for each batch.
 
-    A slot is either a leaf, a function of one node's value, or a step, a function of earlier slots. While it
+    A slot is either a leaf, a function of some nodes' values, or a step, a function of earlier slots. While it
     is recorded every slot has an example, computed from arbitrary leaves: its zeros are the tokens that no path
     reads. (Leaves of ones would show more zeros, where equal weights cancel.)
     """
@@ -73,8 +74,8 @@ class Tape:
         self.dtype, self.device = dtype, device
         self.examples: list[Tensor] = []
         self._steps: list[tuple[Callable[..., Tensor], tuple[int, ...]]] = []
-        self._leaves: dict[int, Node] = {}
-        self._leaf_slots: dict[tuple[Node, str], int] = {}
+        self._leaves: dict[int, Leaf] = {}
+        self._leaf_slots: dict[tuple[tuple[Node, ...], str], int] = {}
         self._batch = -1
         self._generator = torch.Generator().manual_seed(0)
         self._after_batch: tuple[int, ...] = ()
@@ -89,12 +90,16 @@ class Tape:
         self._batch = self._add(self.ones(1, batch, *self._after_batch), self.ones, ())
         return self._batch
 
-    def leaf(self, node: Node, what: str, read: Callable[[Tensor], Tensor], example: Tensor) -> int:
-        """The slot of ``read(value of node)``; ``what`` tells different readings of a node apart."""
-        if (node, what) not in self._leaf_slots:
-            slot = self._leaf_slots[node, what] = self._add(example * self._arbitrary(example.shape), read, ())
-            self._leaves[slot] = node
-        return self._leaf_slots[node, what]
+    def leaf(self, nodes: tuple[Node, ...], what: str, read: Callable[..., Tensor], shape: Sequence[int]) -> int:
+        """The slot of ``read(values of nodes)``; ``what`` tells different readings of the same nodes apart."""
+        if (nodes, what) not in self._leaf_slots:
+            slot = self._leaf_slots[nodes, what] = self._add(self._arbitrary(shape), read, ())
+            batch = self.examples[self._batch].shape[1]
+            self._leaves[slot] = Leaf(nodes, self._in_dtype(read), math.prod(shape) // batch)
+        return self._leaf_slots[nodes, what]
+
+    def _in_dtype(self, read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *values: read(*(value.to(self.dtype) for value in values))
 
     def _arbitrary(self, shape: Sequence[int]) -> Tensor:
         values = torch.rand(shape, generator=self._generator, dtype=self.dtype) + 0.5
@@ -109,8 +114,8 @@ class Tape:
         self._steps.append((function, slots))
         return len(self._steps) - 1
 
-    def needed(self, outputs: Sequence[int]) -> tuple[list[int], list[Node]]:
-        """The slots that ``outputs`` are computed from, in order, and the nodes whose values they read."""
+    def needed(self, outputs: Sequence[int]) -> tuple[list[int], list[Leaf]]:
+        """The slots that ``outputs`` are computed from, in order, and the leaves among them."""
         slots: set[int] = set()
         ahead = list(outputs)
         while ahead:
@@ -118,17 +123,17 @@ class Tape:
             if slot not in slots:
                 slots.add(slot)
                 ahead += self._steps[slot][1]
-        return sorted(slots), list(dict.fromkeys(self._leaves[s] for s in sorted(slots) if s in self._leaves))
+        return sorted(slots), [self._leaves[s] for s in sorted(slots) if s in self._leaves]
 
-    def run(self, slots: Sequence[int], values: Mapping[Node, Tensor], batch: int) -> dict[int, Tensor]:
-        """Compute the slots for a batch."""
+    def run(self, slots: Sequence[int], read: Mapping[Leaf, Tensor], batch: int) -> dict[int, Tensor]:
+        """Compute the slots for a batch from what its leaves read."""
         found: dict[int, Tensor] = {}
         for slot in slots:
             function, inputs = self._steps[slot]
             if slot == self._batch:
                 found[slot] = self.ones(1, batch, *self._after_batch)
             elif slot in self._leaves:
-                found[slot] = function(values[self._leaves[slot]].to(self.dtype))
+                found[slot] = read[self._leaves[slot]]
             else:
                 found[slot] = function(*(found[i] for i in inputs))
         return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vitdecomp_lens.frozen.adjoints import Adjoint, pass_back
-from vitdecomp_lens.frozen.compiled import CompiledCut
+from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf
 from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, spread
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
@@ -71,22 +71,14 @@ class Program(CompiledCut):
         self.slots, self.leaves = tape.needed(slots)
         tape.forget_examples()
 
-    def keep(self, point: str, value: Tensor) -> Tensor:
-        """The part of a point's value that some path reads; small parts are copied so that the rest is freed."""
-        rows = self.kept_rows(point)
-        if rows is None:
-            return value
-        dim, first, count = rows
-        return value.narrow(dim, first, count).clone()
-
     def kept_rows(self, point: str) -> tuple[int, int, int] | None:
         """The rows that its only term reads; all where there are several."""
         terms = self.terms[point]
         return terms[0].rows if len(terms) == 1 else None
 
-    def weights(self, leaves: Mapping[Node, Tensor], batch: int) -> dict[int, Tensor]:
+    def weights(self, read: Mapping[Leaf, Tensor], batch: int) -> dict[int, Tensor]:
         """Run the tape: the weights A of everything, for one batch."""
-        return self.tape.run(self.slots, leaves, batch)
+        return self.tape.run(self.slots, read, batch)
 
     def contributions(
         self,
@@ -148,20 +140,56 @@ class Program(CompiledCut):
         token_axis: int = 1,
     ) -> None:
         """The sums of `contributions`, left apart by token; tokens are what A owns, wherever ``token_axis`` is."""
-        batch, rows = out.shape[1], self.kept_rows(point)
-        target = out
-        if rows is not None:
-            target = out.zero_().narrow(2, rows[1], rows[2])
+        if self.weighs_last(point):
+            self.unweighted(point, kept, out)
+            self.weigh(point, weights, out)
+            return
+        target, batch = self._read_part(point, out), out.shape[1]
         written = False
         for term in self.terms[point]:
             x = _laid_out(term, kept.to(self.tape.dtype), batch)
-            a = _weights_of(term, weights[term.weights], rows, batch)
+            a = _weights_of(term, weights[term.weights], self.kept_rows(point), batch)
             for pair, maps in zip(a, term.maps.unflatten(1, (term.rank, -1)).unbind(1), strict=True):
-                weighted = x * pair.unsqueeze(-1)
-                for part in range(target.shape[0]):
-                    matrix = maps[part].expand(batch, -1, -1)
-                    target[part].baddbmm_(weighted[:, :, part], matrix, beta=1 if written else 0)
+                _write(target, x * pair.unsqueeze(-1), maps, onto=written)
                 written = True
+
+    def weighs_last(self, point: str) -> bool:
+        """With one pair, (A X) M is A (X M)."""
+        return [term.rank for term in self.terms[point]] == [1]
+
+    def unweighted(self, point: str, value: Tensor, out: Float[Tensor, "split batch token direction"]) -> None:
+        """X M, for the only pair."""
+        (term,) = self.terms[point]
+        _write(self._read_part(point, out), _laid_out(term, value.to(self.tape.dtype), out.shape[1]), term.maps)
+
+    def weigh(
+        self, point: str, weights: Mapping[int, Tensor], out: Float[Tensor, "split batch token direction"]
+    ) -> None:
+        """A X M from X M."""
+        (term,), rows = self.terms[point], self.kept_rows(point)
+        a = _weights_of(term, weights[term.weights], rows, out.shape[1])[0]
+        target = out if rows is None else out.narrow(2, rows[1], rows[2])
+        target.mul_(rearrange(a, "batch token split -> split batch token 1"))
+
+    def _read_part(self, point: str, out: Tensor) -> Tensor:
+        """The tokens of ``out`` that some path reads; the others are zero."""
+        rows = self.kept_rows(point)
+        return out if rows is None else out.zero_().narrow(2, rows[1], rows[2])
+
+
+def _write(
+    out: Float[Tensor, "split batch token direction"],
+    x: Float[Tensor, "batch token split channel"],
+    maps: Float[Tensor, "split channel direction"],
+    *,
+    onto: bool = False,
+) -> None:
+    beta = 1 if onto else 0
+    if out.stride(1) == out.shape[2] * out.stride(2):  # images and tokens lie as one: one product for all parts
+        out.flatten(1, 2).baddbmm_(x.flatten(0, 1).transpose(0, 1), maps, beta=beta)
+        return
+    for part, matrix in enumerate(maps):
+        out[part].baddbmm_(x[:, :, part], matrix.expand(len(x), -1, -1), beta=beta)
 
 
 def _add(found: dict[str, Tensor], point: str, value: Tensor) -> None:

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx import Node
 
-from vitdecomp_lens.frozen.compiled import CompiledCut
+from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf
 from vitdecomp_lens.frozen.replay import needs_the_recorded_input, replayed
-from vitdecomp_lens.frozen.rules import SPLITS, operation
+from vitdecomp_lens.frozen.rules import SPLITS, operation, sizes
 from vitdecomp_lens.frozen.walk import Cut
 
 
@@ -51,7 +51,8 @@ class ReplayedCut(CompiledCut):
         self._cut, self._splits, self._live, self._along = cut, splits, live, directions
         self._reads: dict[str, Node] = {**cut.points, **through}
         self.points = tuple(name for name in splits if name in self._reads)
-        self.leaves = tuple(dict.fromkeys(n for node in cut.through for n in _frozen_inputs(node, cut)))
+        frozen = dict.fromkeys(n for node in cut.through for n in _frozen_inputs(node, cut))
+        self.leaves = tuple(Leaf((node,), _as_it_is, _size(node) // _traced_batch(cut)) for node in frozen)
         self.constants = ("constants",)
         self.directions = len(directions)
         self.dtype, self.device = directions.dtype, directions.device
@@ -60,15 +61,14 @@ class ReplayedCut(CompiledCut):
         """All of a value is kept."""
         return None
 
-    def keep(self, point: str, value: Tensor) -> Tensor:
-        """All of it."""
-        return value
-
-    def weights(self, leaves: Mapping[Node, Tensor | int], batch: int) -> Replayed:
+    def weights(self, read: Mapping[Leaf, Tensor | int], batch: int) -> Replayed:
         """Replay from zeros."""
         differentiable = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
-            recorded = {n: self._frozen(leaves[n], differentiable and n in self._live) for n in self.leaves}
+            recorded = {
+                node: self._frozen(value, differentiable and node in self._live)
+                for (node,), value in ((leaf.nodes, value) for leaf, value in read.items())
+            }
             zeros = {name: self._zeros(node, batch) for name, node in self._reads.items()}
             names = {node: name for name, node in self._reads.items()}
             moving: dict[Node, Tensor] = {node: zeros[name] for name, node in self._cut.points.items()}
@@ -163,6 +163,15 @@ def _tokens(written: Tensor, first: int, last: int) -> int:
 
 def _shape(node: Node) -> torch.Size:
     return node.meta["val"].shape  # the batch, and what is folded into it, is symbolic
+
+
+def _as_it_is(value: Tensor | int) -> Tensor | int:
+    return value
+
+
+def _size(node: Node) -> int:
+    value = node.meta["val"]
+    return math.prod(sizes(node)) if isinstance(value, Tensor) else 0
 
 
 def _traced_batch(cut: Cut) -> int:

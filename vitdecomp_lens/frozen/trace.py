@@ -151,9 +151,14 @@ def _closed_over(of: Read) -> list[Any]:
     return found
 
 
+_PLAIN = (type(None), bool, int, float, str, nn.Module, torch.dtype)
+
+
 def _collect(value: Any, found: list[Any]) -> None:
     """Flatten containers, so that what is changed inside of them is seen."""
-    if isinstance(value, Mapping):
+    if isinstance(value, _PLAIN):  # nearly all are
+        found.append(value)
+    elif isinstance(value, Mapping):
         found.append(len(value))
         for name, item in value.items():
             found.append(name)
