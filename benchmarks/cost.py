@@ -1,4 +1,4 @@
-"""What looking costs: ratios to the plain forward, in one process, interleaved, medians.
+"""What looking costs: ratios to the plain forward, in one process a model, interleaved, medians.
 
     python benchmarks/cost.py                       # every model of the table
     python benchmarks/cost.py deit_tiny_patch16_224 --rounds 5 --json out.json
@@ -11,6 +11,7 @@ forward's peak. Weights are random and moved off their initial values; they do n
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
@@ -194,9 +195,13 @@ def main() -> None:
     device, console = torch.device(options.device), Console(width=200 if not sys.stdout.isatty() else None)
     results = []
     for name in options.models:
-        results.append(measure(name, options.batch or MODELS.get(name, 8), options.rounds, device))
+        # A process for each model: what one leaves in the allocator is not another's cost.
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            batch = options.batch or MODELS.get(name, 8)
+            results.append(process.apply(measure, (name, batch, options.rounds, device)))
         console.print(table(results[-1:]))
-    console.print(table(results))
+    if len(results) > 1:
+        console.print(table(results))
     console.print(machine(device))
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(device), "results": results}, indent=2) + "\n")

@@ -1,13 +1,11 @@
 """What is never made, however long it would take to notice."""
 
-import sys
-
 import torch
 from tiny_models import TINY_MODELS, images_for
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitdecomp_lens import HookedViT, attribute, attribute_tokens, decompose
+from vitdecomp_lens import HookedViT, attribute, attribute_tokens, decompose, request
 
 
 class Shapes(TorchDispatchMode):
@@ -64,18 +62,16 @@ def test_scores_are_made_without_vectors():
 
 
 def test_only_rows_that_are_read_are_kept_of_a_run(monkeypatch):
-    requests = sys.modules["vitdecomp_lens.decompose"]  # the name itself is the function
-
     model, images = model_and_images("class_token")
     kept = []
-    capture = requests.capture
+    capture = request.capture
 
     def spy(*args, **options):
         captured = capture(*args, **options)
         kept.append({name: tuple(value.shape) for name, value in captured.kept.items()})
         return captured
 
-    monkeypatch.setattr(requests, "capture", spy)
+    monkeypatch.setattr(request, "capture", spy)
     decompose(model, images)
     assert kept[0]["blocks.0.attn.hook_z"] == (3, 1, 4, 8)
     assert kept[0]["blocks.1.hook_mlp_out"] == (3, 1, 32)
@@ -83,20 +79,18 @@ def test_only_rows_that_are_read_are_kept_of_a_run(monkeypatch):
 
 
 def test_a_batch_is_run_in_pieces_that_keep_little(monkeypatch):
-    requests = sys.modules["vitdecomp_lens.decompose"]  # the name itself is the function
-
     model, images = model_and_images("mean_pool_with_class_token")
     sizes = []
-    capture = requests.capture
+    capture = request.capture
 
     def spy(run, piece, *rest, **options):
         sizes.append(len(piece))
         return capture(run, piece, *rest, **options)
 
-    monkeypatch.setattr(requests, "capture", spy)
+    monkeypatch.setattr(request, "capture", spy)
     whole = decompose(model, images.repeat(3, 1, 1, 1))
     assert sizes == [9]
-    monkeypatch.setitem(requests.KEPT_BYTES, "cpu", 60_000)
+    monkeypatch.setitem(request.KEPT_BYTES, "cpu", 60_000)
     sizes.clear()
     pieces = decompose(model, images.repeat(3, 1, 1, 1))
     assert len(sizes) > 1

@@ -109,6 +109,21 @@ def test_unknown_parts_are_refused_by_name():
             HookedViT(module)
 
 
+@pytest.mark.parametrize(
+    ("path", "what"), [("", "model"), ("blocks.1", "block"), ("blocks.0.attn", "attention"), ("blocks.1.mlp", "MLP")]
+)
+def test_a_forward_that_was_put_on_one_module_is_refused_and_not_lost(path, what):
+    model = TINY_MODELS["class_token"]()
+    patched = model.get_submodule(path)
+    forward = patched.forward
+    patched.forward = lambda *args, **kwargs: forward(*args, **kwargs) + 1
+    with pytest.raises(UnsupportedModelError, match=rf"^The {what} \w+ has a forward that was put on this very module"):
+        HookedViT(model)
+    assert "forward" in vars(patched)
+    del patched.forward
+    HookedViT(model)
+
+
 def test_subclasses_that_override_what_hooking_relies_on_are_refused():
     class Changed(VisionTransformer):
         def _pos_embed(self, x):

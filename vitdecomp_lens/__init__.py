@@ -1,7 +1,8 @@
 """Which parts of a vision transformer write what into its image representation."""
 
 from vitdecomp_lens.components import Component, TokenGrid
-from vitdecomp_lens.decompose import Decomposable, attribute, attribute_tokens, decompose
+from vitdecomp_lens.decomposable import Decomposable
+from vitdecomp_lens.decompose import attribute, attribute_tokens, decompose
 from vitdecomp_lens.decomposition import Attribution, Coverage, Decomposition
 from vitdecomp_lens.frozen.trace import trace
 from vitdecomp_lens.hooked import HookedViT

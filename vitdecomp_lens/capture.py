@@ -40,23 +40,19 @@ class Captured:
     total: Float[Tensor, "batch d_rep"]
 
 
-SMALL_BYTES = 1 << 20
-
-
 class Shelf:
-    """One piece of memory, there before the run, for the many small things that are kept of it.
+    """One piece of memory, there before the run, for what is kept of it.
 
-    Small tensors that are made during a run come to lie between the large ones of the forward, and the allocator
-    then has to ask for new pages in every layer. A view of a large value would keep all of it.
+    Tensors that outlive the layer that made them come to lie between the large ones of the forward, and the allocator
+    then has to ask for new pages in every layer: a copy costs less. And a view would keep all of a larger value.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._memory, self._used = torch.empty(size, dtype=dtype, device=device), 0
 
     def put(self, value: Tensor) -> Tensor:
-        """A copy here; the value itself where it is large and has its memory to itself, or does not fit."""
-        alone = value.untyped_storage().nbytes() <= value.nbytes > SMALL_BYTES
-        if alone or not value.is_floating_point() or self._used + value.numel() > len(self._memory):
+        """A copy here; the value itself where it is of another kind, or does not fit."""
+        if not value.is_floating_point() or self._used + value.numel() > len(self._memory):
             return value
         place = self._memory[self._used : self._used + value.numel()].view(value.shape)
         self._used += value.numel()
@@ -79,8 +75,9 @@ def capture(
     points: Mapping[str, HookPoint],
     graph: FrozenGraph,
     program: CompiledCut,
-    changed: Iterable[str],
+    reads: Collection[str],
     *,
+    changed: Collection[str] = (),
     at_once: Mapping[str, Callable[[Tensor], None]] | None = None,
     shelf: Shelf | None = None,
 ) -> Captured:
@@ -92,14 +89,14 @@ def capture(
         points: The model's hook points.
         graph: The model, traced as it is hooked.
         program: The compiled cut.
+        reads: Points of it whose values to keep.
         changed: Hook points whose users' changes are components.
         at_once: What to do with the value at some points, in place of keeping it.
-        shelf: Where small things go.
+        shelf: Where what is kept goes.
     """
-    changed, at_once = set(changed), at_once or {}
+    at_once = at_once or {}
     kept: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
-    reads = set(program.points)
     put = (lambda value: value) if shelf is None else shelf.put
     leaves = _Leaves(graph, program, images, put)
     root = next((name for name, node in graph.points.items() if node is graph.root), None)
@@ -119,7 +116,8 @@ def capture(
             seen[:] = [value]
         leaves.meet(name, value)
 
-    with _listening(points, {*reads, *leaves.points, *([root] if root else [])}, keep, changed, keep_before):
+    met = {*reads, *at_once, *leaves.points, *([root] if root else [])}
+    with _listening(points, met, keep, changed, keep_before):
         output = run(images)
     total = (output if root is None else seen[0]).flatten(1).clone()  # often a row of all tokens' values
     return Captured(kept, leaves.all_read(), total)
@@ -202,13 +200,12 @@ def _nearest_points(graph: FrozenGraph, nodes: Iterable[Node]) -> list[str]:
     return list(found)
 
 
-def kept_size(graph: FrozenGraph, program: CompiledCut, at_once: Collection[str] = ()) -> int:
+def kept_size(graph: FrozenGraph, program: CompiledCut, reads: Iterable[str]) -> int:
     """How many numbers a run keeps of one image."""
     size = sum(leaf.size for leaf in program.leaves)
-    for name in program.points:
-        if name not in at_once:
-            shape = list(sizes(graph.points[name])[1:])
-            if (rows := program.kept_rows(name)) is not None:
-                shape[rows[0] - 1] = rows[2]
-            size += math.prod(shape)
+    for name in reads:
+        shape = list(sizes(graph.points[name])[1:])
+        if (rows := program.kept_rows(name)) is not None:
+            shape[rows[0] - 1] = rows[2]
+        size += math.prod(shape)
     return size

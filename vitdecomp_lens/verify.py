@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from vitdecomp_lens import measures
 from vitdecomp_lens.certificate import Certificate
-from vitdecomp_lens.decompose import MAX_BYTES
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.hooked import HookedViT
+from vitdecomp_lens.request import MAX_BYTES
 
 NONE_STATED = "none stated"
 LIBRARIES = ("vitdecomp-lens", "torch", "timm", "open_clip_torch", "transformer-lens")

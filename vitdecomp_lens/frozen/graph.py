@@ -64,6 +64,7 @@ class FrozenGraph:
         known = self.parameters.keys() | self.constants.keys()
         self.images = next(n for n in self.nodes if n.op == "placeholder" and n.name not in known)
         self.points: dict[str, Node] = {n.args[1]: n for n in self.nodes if operation(n) == TAG}  # type: ignore[misc]
+        self._order = {node: number for number, node in enumerate(self.nodes)}
         self.from_images = self._depending_on({self.images})
         self.live = self._depending_on({self.images, *(self.points[name] for name in self.hooked)})
 
@@ -131,13 +132,12 @@ class FrozenGraph:
             for n in node.all_input_nodes:
                 uses[n] = uses.get(n, 0) + 1
         values = dict(given)
-        for node in self.nodes:
-            if node in needed:
-                values[node] = self._run(node, values)
-                for n in node.all_input_nodes:
-                    uses[n] -= 1
-                    if not uses[n] and n in needed:
-                        del values[n]
+        for node in sorted(needed, key=self._order.__getitem__):
+            values[node] = self._run(node, values)
+            for n in node.all_input_nodes:
+                uses[n] -= 1
+                if not uses[n] and n in needed:
+                    del values[n]
         return {node: values[node] for node in wanted}
 
     def _run(self, node: Node, values: Mapping[Node, Any]) -> Any:

@@ -135,6 +135,7 @@ def find_adapter(module: nn.Module) -> Adapter:
     Raises:
         UnsupportedModelError: If there is none; the message names the nearest one.
     """
+    _refuse_patched(module, "model")
     for cls in type(module).__mro__:
         name = f"{cls.__module__}:{cls.__qualname__}"
         if name in _BUILT_IN and name not in _ADAPTERS:
@@ -154,8 +155,9 @@ def find_part(table: dict[type, Any], module: nn.Module, what: str) -> Any:
     """Look up how a submodule is hooked, by its class or the parent whose ``forward`` it keeps.
 
     Raises:
-        UnsupportedModelError: If its class is not in the table.
+        UnsupportedModelError: If its class is not in the table, or its ``forward`` was replaced.
     """
+    _refuse_patched(module, what)
     for cls in type(module).__mro__:
         if cls in table and _keeps_forward(module, cls):
             return table[cls]
@@ -164,6 +166,15 @@ def find_part(table: dict[type, Any], module: nn.Module, what: str) -> Any:
         f"The {what} {type(module).__module__}.{type(module).__qualname__} cannot be hooked; those that can are "
         f"{known}. vitdecomp_lens.trace works for any module."
     )
+
+
+def _refuse_patched(module: nn.Module, what: str) -> None:
+    if "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"The {what} {type(module).__name__} has a forward that was put on this very module, as accelerate's hooks "
+            f"and some patching tools do; wrapping would lose it. Take it off first (del module.forward, or the tool's "
+            f"own way), or use vitdecomp_lens.trace, which works for any module."
+        )
 
 
 def _keeps_forward(module: nn.Module, cls: type) -> bool:

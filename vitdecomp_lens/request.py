@@ -1,0 +1,215 @@
+"""One request: a model, traced and compiled for what is asked of it, and run in pieces."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vitdecomp_lens.capture import Captured, Shelf, capture, changed_on_the_path, kept_size
+from vitdecomp_lens.components import By, Component, Point
+from vitdecomp_lens.coverage import Coverage
+from vitdecomp_lens.decomposable import Decomposable
+from vitdecomp_lens.errors import CapacityError, InputError, UnknownNameError, UnsupportedModelError, near_matches
+from vitdecomp_lens.frozen.compiled import CompiledCut
+from vitdecomp_lens.frozen.graph import FrozenGraph, wide
+from vitdecomp_lens.frozen.rules import sizes
+from vitdecomp_lens.frozen.trace import Read, trace
+from vitdecomp_lens.frozen.walk import Cut
+from vitdecomp_lens.points import is_hooked
+
+T = TypeVar("T")
+MAX_BYTES = 512 << 20
+KEPT_BYTES = {"cpu": 60 << 20}  # what may be kept of a run at once; more images are run in pieces
+KEPT_BYTES_ELSEWHERE = 2 << 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model, traced and compiled for one request."""
+
+    model: Decomposable
+    images: Tensor
+    by: By
+    of: Read
+    points: tuple[Point, ...]
+    changed: tuple[str, ...]
+    graph: FrozenGraph
+    cut: Cut
+    program: CompiledCut
+    directions: Tensor | None
+    tokens: bool
+
+    @property
+    def along(self) -> Tensor:
+        """The directions, checked and where the images are."""
+        assert self.directions is not None
+        return self.directions
+
+    @property
+    def met(self) -> tuple[Point, ...]:
+        """The points that a walk from the output meets."""
+        return tuple(point for point in self.points if point.hook in self.cut.points)
+
+    def components_of(self, point: Point) -> tuple[Component, ...]:
+        """Which components are read at a point."""
+        if self.tokens and point.axis is not None and point.component.kind == "attn" and self.by != "head":
+            return (point.component,)
+        size = 1 if point.axis is None else sizes(self.graph.points[point.hook])[point.axis]
+        return point.components(size)
+
+    @property
+    def others(self) -> tuple[Component, ...]:
+        """Components that are not read at a point: interventions and constants."""
+        changed = tuple(Component(kind="intervention", name=name) for name in self.changed)
+        return changed + tuple(Component(kind="constant", name=name) for name in self.program.constants)
+
+    @property
+    def everything(self) -> tuple[Component, ...]:
+        """All components, those that are read at points first."""
+        found = [c for point in self.met for c in self.components_of(point)]
+        return (*dict.fromkeys(found), *self.others)
+
+    def rows(self, components: Sequence[str] | None) -> list[int]:
+        """Which of everything is asked for."""
+        if components is None:
+            return list(range(len(self.everything)))
+        known = {component.label: row for row, component in enumerate(self.everything)}
+        for label in components:
+            if label not in known:
+                raise UnknownNameError(f"There is no component {label!r}; {near_matches(label, known)}")
+        return [known[label] for label in dict.fromkeys(components)]
+
+    def labelled(self, components: Sequence[str] | None) -> tuple[bool, tuple[Component, ...]]:
+        """The components asked for, and whether they are all there are."""
+        rows, everything = self.rows(components), self.everything
+        return len(rows) == len(everything), tuple(everything[row] for row in rows)
+
+    @property
+    def coverage(self) -> Coverage:
+        """How many branches are components of their own."""
+        found = {(p.component.kind, p.component.layer) for p in self.met if p.component.kind in ("attn", "mlp", "conv")}
+        return Coverage(len(found), self.model.branches, (*self.cut.missing, *self.cut.unknown))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What was asked, of which model."""
+        of = self.of if isinstance(self.of, str) else getattr(self.of, "__name__", "function")
+        named = getattr(self.model, "cfg", None)  # third parties may have none
+        return {"by": self.by, "of": of, "model": getattr(named, "model_name", type(self.model).__name__)}
+
+
+def make_request(
+    model: nn.Module, images: Any, by: By, of: Read, directions: Tensor | None, *, tokens: bool
+) -> Request:
+    """Check what is asked, trace the model and compile the cut.
+
+    Raises:
+        VitDecompError: Where something cannot be used; see `vitdecomp_lens.decompose.decompose`.
+    """
+    if not isinstance(model, Decomposable):
+        raise UnsupportedModelError(
+            f"Expected a model that says where its components are read, such as a HookedViT; got"
+            f" {type(model).__name__}. Wrap it: HookedViT(model). For a module of any kind, trace(module, images)"
+            " gives the graph itself, with cuts, push and pull."
+        )
+    if by not in ("layer", "head", "neuron"):
+        raise InputError(f"by= must be 'layer', 'head' or 'neuron'; got {by!r}.")
+    model.check_images(images)
+    if len(images) == 0:
+        raise InputError("Expected at least one image; got an empty batch.")
+    points = model.token_points(by) if tokens else model.component_points(by)
+    hooks = [point.hook for point in points]
+    lazy = [of] if isinstance(of, str) and of in model.hook_dict else []
+    graph = trace(model, images[:1], of="representation" if of == "embedding" else of, listened=[*hooks, *lazy])
+    graph = graph.with_hooks(name for name, point in model.hook_dict.items() if is_hooked(point))
+    if directions is not None:
+        directions = _checked_directions(directions, sizes(graph.root)[-1], images)
+    cut = graph.cut([hook for hook in hooks if hook in graph.points])
+    changed = changed_on_the_path(graph, cut, model.hook_dict)
+    dtype = wide(images.dtype if directions is None else directions.dtype)
+    program = graph.program(
+        cut, splits={p.hook: p.axis for p in points}, through=changed, directions=directions, dtype=dtype
+    )
+    return Request(model, images, by, of, points, changed, graph, cut, program, directions, tokens)
+
+
+def _checked_directions(directions: Any, d_rep: int, images: Tensor) -> Tensor:
+    if not isinstance(directions, Tensor) or not directions.is_floating_point():
+        raise InputError(
+            f"Expected directions as a floating tensor [direction, {d_rep}]; got {type(directions).__name__}."
+        )
+    if directions.dim() != 2 or directions.shape[1] != d_rep or not len(directions):
+        fix = "For one direction, pass directions[None]." if directions.dim() == 1 else "They may be of another space."
+        raise InputError(f"Expected directions [direction, {d_rep}]; got {tuple(directions.shape)}. {fix}")
+    if not bool(directions.isfinite().all()):
+        raise InputError("Expected finite directions; some entries are NaN or infinite.")
+    return directions.detach().to(images.device, wide(images.dtype))
+
+
+def on_pieces(
+    request: Request,
+    reads: Collection[str],
+    use: Callable[[int, Captured], T],
+    at_once: Mapping[str, Callable[[int, Tensor], None]] | None = None,
+    *,
+    batch_size: int | None,
+) -> list[T]:
+    """Run the model on pieces of the batch, and use what each leaves; none of it outlives its use.
+
+    Args:
+        request: What is asked for.
+        reads: At which points.
+        use: Gets the number of a piece's first image, and what its run left.
+        at_once: What to do with the value at some of the points during the run, by the number of the piece's first
+            image, in place of keeping it.
+        batch_size: How many images a piece has; by default as many as keep little.
+    """
+    images, model, graph, program = request.images, request.model, request.graph, request.program
+    at_once = at_once or {}
+    kept = {*reads, *request.changed} - at_once.keys()
+    size = kept_size(graph, program, kept)
+    batch_size = _piece(batch_size, images, size * program.dtype.itemsize)
+    of = request.of
+    run: Callable[[Tensor], Any] = (lambda piece: of(model, piece)) if callable(of) else model  # type: ignore[arg-type]
+    differentiable = torch.is_grad_enabled() and images.requires_grad
+    shelf = None if differentiable else Shelf(size * batch_size, program.dtype, program.device)
+    results = []
+    with torch.set_grad_enabled(differentiable):
+        for first in range(0, len(images), batch_size):
+            piece, here = images[first : first + batch_size], {n: partial(f, first) for n, f in at_once.items()}
+            captured = capture(
+                run, piece, model.hook_dict, graph, program, kept, changed=request.changed, at_once=here, shelf=shelf
+            )
+            results.append(use(first, captured))
+            if shelf is not None:
+                shelf.clear()
+    return results
+
+
+def _piece(batch_size: int | None, images: Tensor, bytes_of_one: int) -> int:
+    """How many images to run at once."""
+    if batch_size is None:
+        budget = KEPT_BYTES.get(images.device.type, KEPT_BYTES_ELSEWHERE)
+        most = max(1, budget // max(1, bytes_of_one))
+        return -(-len(images) // -(-len(images) // most))  # even pieces
+    if batch_size < 1:
+        raise InputError(f"batch_size= must be at least 1; got {batch_size}.")
+    return batch_size
+
+
+def refuse_too_large(shape: tuple[int, ...], dtype: torch.dtype, max_bytes: int, axes: str) -> None:
+    """Refuse results above ``max_bytes`` before anything is computed.
+
+    Raises:
+        CapacityError: Says what to ask for instead.
+    """
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size > max_bytes:
+        raise CapacityError(
+            f"The result, [{axes}] = {list(shape)} of {dtype}, would take {size / 2**30:.2f} GiB, more than"
+            f" max_bytes={max_bytes} allows. Use fewer images, components=[...], a coarser by=, or attribute() with few"
+            " directions in place of whole vectors; or raise max_bytes=."
+        )

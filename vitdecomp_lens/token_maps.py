@@ -1,0 +1,126 @@
+"""The scores by token, written piece by piece into results that are there from the start."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitdecomp_lens.capture import Captured
+from vitdecomp_lens.components import Point
+from vitdecomp_lens.decomposition import Attribution
+from vitdecomp_lens.request import Request, refuse_too_large
+from vitdecomp_lens.tokens import TokenAttribution, TokenBlock
+
+
+class TokenMaps:
+    """The scores by token, written piece by piece into results that are there from the start."""
+
+    def __init__(self, request: Request, components: Sequence[str] | None, max_bytes: int) -> None:
+        self.request, program = request, request.program
+        self.whole, wanted = request.labelled(components)
+        self.tokened = [p for p in request.met if p.token_axis is not None]
+        with_tokens = {c for point in self.tokened for c in request.components_of(point)}
+        self.components = [c for c in wanted if c in with_tokens]
+        self.others = [c for c in wanted if c not in with_tokens]
+        self.grid = request.model.token_grid(request.images)
+        batch, count = len(request.images), program.directions
+        shape = (len(self.components), batch, len(self.grid), count)
+        refuse_too_large(shape, program.dtype, max_bytes, "component batch token direction")
+        # Not zeroed as a whole: nearly all of it is written once, and it is the largest tensor there is.
+        self.values = torch.empty(shape, dtype=program.dtype, device=program.device)
+        self.untokened = torch.empty(len(self.others), batch, count, dtype=self.values.dtype, device=self.values.device)
+        self.place = {component: row for row, component in enumerate(self.components)}
+        self.tokened = [p for p in self.tokened if not self.place.keys().isdisjoint(request.components_of(p))]
+        self.direct = [point for point in self.tokened if self._is_direct(point)]
+        for point in self.tokened:
+            rows = [self.place[c] for c in request.components_of(point) if c in self.place]
+            self.values[rows, :, : None if self._sums_heads(point) else point.skipped_tokens] = 0
+
+    @property
+    def reads(self) -> list[str]:
+        """Where something is read that is wanted."""
+        untokened = [p for p in self.request.met if p.token_axis is None]
+        return [p.hook for p in (*self.tokened, *(untokened if self.others else ()))]
+
+    def _sums_heads(self, point: Point) -> bool:
+        return point.axis is not None and len(self.request.components_of(point)) == 1
+
+    def add(self, first: int, captured: Captured) -> Tensor:
+        """Write one piece of the batch; return the model's own vectors."""
+        program, batch = self.request.program, len(captured.total)
+        weights = program.weights(captured.read, batch)
+        images = slice(first, first + batch)
+        for point in self.tokened:
+            if point in self.direct:
+                program.weigh(point.hook, weights, self._rows_of(point, images))
+            else:
+                self._add_point(point, captured.kept[point.hook], weights, images)
+        if self.others:
+            self._add_others(captured, weights, images)
+        return captured.total.to(program.dtype)
+
+    def at_once(self) -> dict[str, Callable[[int, Tensor], None]]:
+        """What is written during the run, at points whose values need not be kept until the weights are known."""
+
+        def write(point: Point, first: int, value: Tensor) -> None:
+            images = slice(first, first + value.shape[0])
+            self.request.program.unweighted(point.hook, value, self._rows_of(point, images))
+
+        return {point.hook: partial(write, point) for point in self.direct}
+
+    def _is_direct(self, point: Point) -> bool:
+        """Whether scores of a point are written where they belong, first unweighted."""
+        if self._sums_heads(point) or not self.request.program.weighs_last(point.hook):
+            return False
+        places = [self.place.get(c, -1) for c in self.request.components_of(point)]
+        return places[0] >= 0 and places == list(range(places[0], places[0] + len(places)))
+
+    def _rows_of(self, point: Point, images: slice) -> Tensor:
+        """Where the scores of a point's components go."""
+        mine = self.request.components_of(point)
+        first = self.place[mine[0]]
+        return self.values[first : first + len(mine), images, point.skipped_tokens :]
+
+    def _add_point(self, point: Point, kept: Tensor, weights: Any, images: slice) -> None:
+        mine = self.request.components_of(point)
+        chosen = [number for number, component in enumerate(mine) if component in self.place]
+        split = 1 if point.axis is None else kept.shape[point.axis]
+        scratch = self.values.new_empty(split, *self.values[0, images, point.skipped_tokens :].shape)
+        self.request.program.by_token(point.hook, kept, weights, scratch, token_axis=point.token_axis or 1)
+        places = [self.place[mine[number]] for number in chosen]
+        if self._sums_heads(point):
+            self.values[places[0], images, point.skipped_tokens :] += scratch.sum(0)
+        else:
+            self.values[places, images, point.skipped_tokens :] = scratch[chosen]
+
+    def _add_others(self, captured: Captured, weights: Any, images: slice) -> None:
+        request, batch = self.request, len(captured.total)
+        without = [p for p in request.met if p.token_axis is None]
+        names = [p.hook for p in without] + list(request.changed)
+        written = request.program.contributions(captured.kept, weights, batch, only=names)
+        rows = torch.cat([*(written[name] for name in names), request.program.shifted(weights, batch)])
+        labels = [c for p in without for c in request.components_of(p)] + list(request.others)
+        place = {component: row for row, component in enumerate(labels)}
+        self.untokened[:, images] = rows[[place[c] for c in self.others]]
+
+    def divide(self, norm: Float[Tensor, "batch 1"]) -> None:
+        """Divide all scores of an image by its norm."""
+        self.values = self.values / norm[:, :, None]
+        self.untokened = self.untokened / norm
+
+    def result(self, total: Tensor, names: Sequence[str] | None) -> TokenAttribution:
+        """The scores with their labels."""
+        directions = None if names is None else tuple(names)
+        others = Attribution(self.untokened, tuple(self.others), directions=directions)
+        blocks = (TokenBlock(self.values, tuple(self.components), self.grid),) if self.components else ()
+        return TokenAttribution(
+            blocks,
+            others,
+            total,
+            complete=self.whole,
+            coverage=self.request.coverage,
+            metadata=self.request.metadata,
+        )
