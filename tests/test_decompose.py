@@ -1,14 +1,16 @@
 """Decompositions are exact, for every variant and cut, and mean what they say."""
 
+import re
+
 import pytest
 import torch
-from eager_oracle import contribution, value_scores
+from eager_oracle import blocks_of, contribution, representation, value_scores
 from tiny_models import TINY_MODELS, images_for
 
 from vitdecomp_lens import HookedViT, attribute, attribute_tokens, decompose
 
 UNDEFINED = {"no_pool", "open_clip_no_pool"}  # several vectors an image: of= is needed
-SLOW = {"max_pool", "gated_attention"}  # leave the fast path somewhere, and say so
+SLOW = {"max_pool", "gated_attention", "eva02_gated"}  # leave the fast path somewhere, and say so
 LIVE_QUERY = {"prr_pool"}  # its pool attends with queries of the image: the pool is one component that hides the rest
 EXACT = sorted(set(TINY_MODELS) - UNDEFINED - SLOW)
 BY = ("layer", "head", "neuron")
@@ -70,52 +72,65 @@ def test_a_layer_is_its_heads_and_its_output_bias():
         torch.testing.assert_close(heads + by_head[f"blocks.{layer}.attn.proj.bias"], by_layer[f"attn.{layer}"])
 
 
-ORACLE = [
-    *(
-        "class_token",
-        "layer_scale",
-        "mean_pool_fc_norm",
-        "mean_pool_with_class_token",
-        "distilled",
-        "deit3",
-        "dinov2_reg",
-    ),
-    *("swiglu", "timm_clip", "qk_norm", "inner_norms", "rms_norm", "post_norm", "siglip"),
-    *("open_clip", "open_clip_quick_gelu", "open_clip_mean_pool", "open_clip_custom_all"),
-]
+NO_TOKEN_ORACLE = {"prr_pool": "its one component is the pool, whose queries are the image's: no head has a score"}
 
 
-@pytest.mark.parametrize("name", ORACLE)
+def one_vector(name):
+    """What to decompose of a model, and how the oracle reads the same of the original."""
+    if name not in UNDEFINED:
+        return "representation", representation
+    of = lambda module, images: module(images)[:, 3]  # noqa: E731
+    return of, of
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8 * float(expected.abs().max()))
+
+
+def sample(labels):
+    """All layers and constants, and the first and last head and neuron; not what the slow way lumps together."""
+    parts = [label for label in labels if re.fullmatch(r"L\d+[HN]\d+", label)]
+    return [label for label in labels if label not in parts[1:-1] and label != "constants"]
+
+
+@pytest.mark.filterwarnings("ignore::vitdecomp_lens.errors.VitDecompWarning")
+@pytest.mark.parametrize("name", sorted(TINY_MODELS))
 def test_direct_effects_equal_the_derivative_of_the_frozen_eager_module(name):
     model, original, images = tiny(name)
-    by_layer, by_head = decompose(model, images, by="layer"), decompose(model, images, by="head")
-    direction = directions_for(by_layer.values.shape[-1])[0]
-    for label in ("attn.0", "mlp.0", "attn.1", "mlp.1"):
-        expected = contribution(original, images, direction, label)
-        found = by_layer[label] @ direction
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-8 * float(expected.abs().max()))
-    if name in ("open_clip", "open_clip_quick_gelu", "open_clip_mean_pool"):
-        return  # torch's MultiheadAttention has no module call in front of which a head could be scaled
-    for layer, head in ((0, 1), (1, 3)):
-        expected = contribution(original, images, direction, f"attn.{layer}", head=head)
-        found = by_head[f"L{layer}H{head}"] @ direction
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-8 * float(expected.abs().max()))
+    of, read = one_vector(name)
+    seen = set()
+    for by in BY:
+        parts = decompose(model, images, by=by, of=of)
+        direction = directions_for(parts.values.shape[-1])[0]
+        for label in sample(parts.labels):
+            if label not in seen:
+                assert_same(parts[label] @ direction, contribution(original, images, direction, label, read))
+        seen.update(parts.labels)
+    assert seen - {"constants"}
 
 
-READ_AT_VALUES = ["class_token", "mean_pool_with_class_token", "mean_pool_fc_norm", "siglip", "dinov2_reg", "qk_norm"]
-
-
-@pytest.mark.parametrize("name", READ_AT_VALUES)
+@pytest.mark.filterwarnings("ignore::vitdecomp_lens.errors.VitDecompWarning")
+@pytest.mark.parametrize("name", sorted(set(TINY_MODELS) - set(NO_TOKEN_ORACLE)))
 def test_token_scores_equal_the_effect_of_perturbing_value_vectors(name):
     model, original, images = tiny(name)
-    d_rep = decompose(model, images, by="layer").values.shape[-1]
-    directions = directions_for(d_rep)
-    tokens = attribute_tokens(model, images, directions)
-    for layer in range(2):
-        expected = value_scores(original, images, directions[1], layer)
-        for head in range(4):
-            found = tokens[f"L{layer}H{head}"][..., 1]
-            torch.testing.assert_close(found, expected[head], rtol=0, atol=1e-8 * float(expected.abs().max()))
+    of, read = one_vector(name)
+    directions = directions_for(read(original, images).shape[-1], count=2)
+    tokens = attribute_tokens(model, images, directions, of=of)
+    heads = [label for label in tokens.labels if re.fullmatch(r"L\d+H\d+", label)]
+    expected = {
+        f"L{layer}H{head}": scores
+        for layer in range(len(blocks_of(original)))
+        for head, scores in enumerate(value_scores(original, images, directions[1], layer, read))
+    }
+    assert heads == list(expected)
+    for label in heads:
+        assert_same(tokens[label][..., 1], expected[label])
+
+
+@pytest.mark.parametrize("name", sorted(NO_TOKEN_ORACLE))
+def test_what_has_no_token_oracle_has_no_heads(name):
+    model, _, images = tiny(name)
+    assert attribute_tokens(model, images, directions_for(32)).labels == ("pool.attn",)
 
 
 @pytest.mark.parametrize(

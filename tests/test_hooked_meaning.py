@@ -13,8 +13,8 @@ from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.hooked import HookedViT
 
 NAMES = list(TINY_MODELS)
-POST_NORM = {"post_norm"}
-NORM_AFTER_ATTENTION = {"post_norm", "open_clip_custom_all"}
+POST_NORM = {"post_norm", "eva_post_norm", "relpos_post_norm"}
+NORM_AFTER_ATTENTION = {*POST_NORM, "open_clip_custom_all"}
 NOT_IN_THE_OUTPUT = {"open_clip_pooler_parallel": "attn_pool."}  # its tokens are pooled, and then not returned
 NOISE = torch.Generator()
 
@@ -170,8 +170,8 @@ def test_activations_have_the_documented_shapes(name):
         assert value.shape[0] == 3, hook
         if hook.startswith("blocks."):
             last = hook.rpartition(".")[2]
-            axes = {"hook_pattern": 4, "hook_attn_scores": 4, "hook_q": 4, "hook_k": 4, "hook_v": 4, "hook_z": 4}
-            assert value.ndim == axes.get(last, 3), hook
+            by_head = ("pattern", "attn_scores", "q", "k", "rot_q", "rot_k", "v", "z")
+            assert value.ndim == 3 + (last.removeprefix("hook_") in by_head), hook
             assert value.shape[2 if last in ("hook_pattern", "hook_attn_scores") else 1] == tokens, hook
         in_blocks = hook.startswith("blocks.") and hook.endswith(("resid_pre", "mlp_out"))
         if in_blocks or hook in ("hook_embed", "hook_pos_embed", "hook_full_embed"):
@@ -245,7 +245,7 @@ def test_heads_times_output_weights_are_what_is_added(name):
 def test_heads_times_output_weights_enter_the_norm_where_one_follows(name):
     model, images = exact(name)
     _, cache = model.run_with_cache(images)
-    attn, core = model.blocks[1].attn, model.original.blocks[1] if name == "post_norm" else None
+    attn, core = model.blocks[1].attn, model.original.blocks[1] if name in POST_NORM else None
     mixed = einsum(cache["blocks.1.attn.hook_z"], attn.W_O, "b t h e, h e d -> b t d") + attn.b_O
     if core is None:
         core = model.original.transformer.resblocks[1]

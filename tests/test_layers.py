@@ -19,6 +19,7 @@ LAYERS = (
     {"tokens"},
     {"points"},
     {"frozen"},
+    {"weights"},
     {"hooked"},
     {"capture", "decomposable"},
     {"request"},
@@ -27,13 +28,14 @@ LAYERS = (
     {"certificate"},
     {"measures"},
     {"verify"},
-    {"class_names", "weights"},
-    {"explanation"},
+    {"class_names"},
+    {"explanation", "patch_maps"},
     {"pictures"},
     {"explain"},
     {"cli"},
     {"__main__"},
 )
+# Lowest first. A folder's ``__init__`` stands above its files: none of them may import from the folder itself.
 FROZEN = (
     "fingerprint",
     "rules",
@@ -41,10 +43,19 @@ FROZEN = (
     "replay",
     "compiled",
     "pairs",
-    "adjoints",
+    "adjoints.registry",
+    "adjoints.moves",
+    "adjoints.slices",
+    "adjoints.sums",
+    "adjoints.attention",
+    "adjoints.products",
+    "adjoints.norms",
+    "adjoints.__init__",
     "program",
     "slow",
     "graph",
+    "exported",
+    "kept",
     "trace",
 )
 
@@ -80,17 +91,41 @@ def test_a_module_imports_only_from_layers_below_it():
 
 
 def test_the_physics_knows_nothing_of_models():
-    for path in (ROOT / "frozen").glob("*.py"):
+    for path in (ROOT / "frozen").rglob("*.py"):
         for name in imports(path):
             assert name.split(".")[0] not in ("timm", "open_clip"), f"{path.name} imports {name}"
 
 
+def files_of_the_physics():
+    """The files under ``frozen/``, by their names in `FROZEN`."""
+    paths = {path.relative_to(ROOT / "frozen"): path for path in (ROOT / "frozen").rglob("*.py")}
+    return {".".join(short.with_suffix("").parts): path for short, path in paths.items() if str(short) != "__init__.py"}
+
+
+def defining(name):
+    """The file of `FROZEN` that an imported name stands in; for a folder's own names, its ``__init__``."""
+    first, second = [*name.split(".")[2:], ""][:2]
+    places = (f"{first}.{second}", first, f"{first}.__init__")
+    return next((place for place in places if place in FROZEN), first)
+
+
+def imports_within_the_physics(path):
+    return {defining(name) for name in imports(path) if name.startswith("vitdecomp_lens.frozen.")}
+
+
+def test_the_order_of_the_physics_names_its_files():
+    assert sorted(FROZEN) == sorted(files_of_the_physics())
+
+
 def test_within_the_physics_imports_go_one_way_too():
-    for path in (ROOT / "frozen").glob("*.py"):
-        if path.stem == "__init__":
-            continue
-        mine = FROZEN.index(path.stem)
-        for name in imports(path):
-            if name.startswith("vitdecomp_lens.frozen."):
-                other = name.split(".")[2]
-                assert FROZEN.index(other) < mine, f"{path.stem} imports {other}"
+    for mine, path in files_of_the_physics().items():
+        for other in imports_within_the_physics(path):
+            if other == mine and mine.endswith("__init__"):
+                continue  # ``from folder import file`` in the folder's own ``__init__`` names the folder as well
+            assert FROZEN.index(other) < FROZEN.index(mine), f"{mine} imports {other}"
+
+
+def test_whoever_imports_the_adjoints_has_all_of_them():
+    files = files_of_the_physics()
+    of_the_folder = {name for name in files if name.startswith("adjoints.")}
+    assert of_the_folder <= imports_within_the_physics(files["adjoints.__init__"])

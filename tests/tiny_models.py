@@ -15,8 +15,10 @@ from open_clip.transformer import QuickGELU
 from open_clip.transformer import Transformer as OpenClipTransformer
 from open_clip.transformer import VisionTransformer as OpenClipViT
 from timm.layers import Attention as TimmAttention
-from timm.layers import DiffAttention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
+from timm.layers import DiffAttention, GluMlp, HybridEmbed, RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
@@ -24,6 +26,8 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
+from timm.models.vision_transformer_hybrid import ConvStem
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -92,6 +96,40 @@ class DualLambdaAttention(DiffAttention):
         super().__init__(*args, dual_lambda=True, **kwargs)
 
 
+def _gated_eva() -> nn.Module:
+    """EVA-02 with gated attention, which timm's blocks have an option for and ``Eva`` has none."""
+    model = Eva(**TINY, use_rot_pos_emb=True)
+    for number in range(2):
+        model.blocks[number] = EvaBlock(32, 4, gated_attn=True, scale_attn_inner=True)
+    return model
+
+
+def _separate_bias_eva() -> nn.Module:
+    """EVA whose attention adds its biases after the product, which timm's attention has an option for."""
+    model = Eva(**TINY, use_post_norm=True)
+    for block in model.blocks:
+        block.attn.qkv_bias_separate = True
+    return model
+
+
+def _hybrid(**options) -> nn.Module:
+    """A vision transformer behind a convolutional stem of stride 4, whose features are cut in patches of 2 × 2."""
+    stem = ConvStem(channels=(8, 16), depth=2, kernel_size=3, stride=(2, 2), padding=1)
+    return VisionTransformer(**{**TINY, "patch_size": 2, "embed_layer": partial(HybridEmbed, backbone=stem), **options})
+
+
+_EVA02 = {"use_rot_pos_emb": True, "ref_feat_shape": (2, 2), "swiglu_mlp": True}
+_DINOV3 = {
+    "attn_type": "rope",
+    "use_rot_pos_emb": True,
+    "use_abs_pos_emb": False,
+    "rope_type": "dinov3",
+    "rope_rotate_half": True,
+    "num_reg_tokens": 2,
+    "init_values": 0.1,
+    "use_fc_norm": False,
+}
+
 TINY_MODELS: dict[str, Callable[[], nn.Module]] = {
     "class_token": _timm(),
     "layer_scale": _timm(init_values=0.1),
@@ -128,6 +166,49 @@ TINY_MODELS: dict[str, Callable[[], nn.Module]] = {
     "parallel_things": _timm(block_fn=ParallelThingsBlock, init_values=0.1),
     "diff_attention": _timm(attn_layer=DiffAttention, qk_norm=True, scale_attn_norm=True),
     "diff_attention_dual": _timm(attn_layer=DualLambdaAttention),
+    "hybrid": partial(_seeded, _hybrid),
+    "hybrid_dynamic": partial(_seeded, partial(_hybrid, dynamic_img_size=True, dynamic_img_pad=True)),
+    "eva": _timm(Eva),
+    "eva_post_norm": partial(_seeded, _separate_bias_eva),
+    "eva_attention_pool": _timm(
+        Eva,
+        **{"attn_type": "rope", "use_rot_pos_emb": True, "rope_grid_indexing": "xy"},
+        **{"global_pool": "map", "use_pre_transformer_norm": True, "use_fc_norm": False, "class_token": False},
+    ),
+    "eva_two_norms": _timm(Eva, use_fc_norm=True, use_post_transformer_norm=True, qkv_bias=False),
+    "eva_no_positions": _timm(Eva, use_abs_pos_emb=False, class_token=False),
+    "eva02": _timm(Eva, **_EVA02, scale_mlp=True, global_pool="token"),
+    "eva02_clip": _timm(Eva, **_EVA02, scale_mlp=True, qkv_fused=False, scale_attn_inner=True),
+    "eva02_dynamic": _timm(Eva, **_EVA02, dynamic_img_size=True, dynamic_img_pad=True),
+    "eva02_gated": partial(_seeded, _gated_eva),
+    "dinov3": _timm(Eva, **_DINOV3, qkv_bias=False),
+    "dinov3_swiglu": _timm(Eva, **{**_DINOV3, "attn_type": "eva"}, swiglu_mlp=True, swiglu_align_to=8),
+    "dinov3_dynamic": _timm(Eva, **_DINOV3, dynamic_img_size=True, attn_only_layer_scale=True),
+    "rope_mixed": _timm(
+        Eva, attn_type="rope", use_rot_pos_emb=True, rope_type="mixed", init_values=0.1, no_embed_class=True
+    ),
+    "rope_three_axes": _timm(
+        Eva,
+        attn_type="rope",
+        use_rot_pos_emb=True,
+        rope_type="mrope",
+        qk_norm=True,
+        norm_layer=RmsNorm,
+        qkv_fused=False,
+    ),
+    "beit": _timm(Beit, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1),
+    "beit_shared_bias": _timm(Beit, use_shared_rel_pos_bias=True, global_pool="token", qkv_bias=False),
+    "beit_both_biases": _timm(
+        Beit, use_rel_pos_bias=True, use_shared_rel_pos_bias=True, init_values=0.1, swiglu_mlp=True, scale_mlp=True
+    ),
+    "beit_no_bias": _timm(Beit, use_abs_pos_emb=True, scale_mlp=True),
+    "relpos_mlp": _timm(VisionTransformerRelPos, init_values=0.1),
+    "relpos_mlp_swin": _timm(VisionTransformerRelPos, rel_pos_type="mlp-swin", class_token=True, qk_norm=True),
+    "relpos_table": _timm(VisionTransformerRelPos, rel_pos_type="bias", class_token=True, global_pool="token"),
+    "relpos_shared": _timm(VisionTransformerRelPos, shared_rel_pos=True, fc_norm=True, init_values=None),
+    "relpos_post_norm": _timm(
+        VisionTransformerRelPos, block_fn=ResPostRelPosBlock, rel_pos_type="bias", init_values=0.1
+    ),
     "open_clip": _open_clip(),
     "open_clip_quick_gelu": _open_clip(act_layer=QuickGELU, ls_init_value=0.1),
     "open_clip_tokens_first": _tokens_first,

@@ -58,7 +58,7 @@ class ClassNames:
         """
         if isinstance(wanted, bool) or not isinstance(wanted, int | str):
             raise InputError(f"A class is named by its index or its name; got {type(wanted).__name__}.")
-        if isinstance(wanted, int) or wanted.strip().isdecimal():
+        if isinstance(wanted, int) or wanted.strip().removeprefix("-").isdecimal():
             index, count = int(wanted), len(self.names)
             if not 0 <= index < count:
                 raise UnknownNameError(f"There is no class {index}; there are {count}, numbered from 0 to {count - 1}.")
@@ -79,7 +79,16 @@ class ClassNames:
         if found:
             listed = ", ".join(f"{index} ({self.names[index]})" for index in found)
             raise UnknownNameError(f"Several classes are called {wanted!r}: {listed}. Give the index.")
-        raise UnknownNameError(f"There is no class {wanted!r}; {near_matches(_plain(wanted), known)}")
+        raise UnknownNameError(f"There is no class {wanted!r}; {_suggested(_plain(wanted), known)}")
+
+
+def _suggested(wanted: str, known: Iterable[str]) -> str:
+    """As `near_matches`, but names that hold what is wanted as a word come first, the shortest before."""
+    known = list(known)
+    word = re.compile(rf"(?<!\w){re.escape(wanted)}(?!\w)")
+    holding = sorted((name for name in known if word.search(name)), key=len)[:SUGGESTED] if wanted else []
+    near = [name for name in close_names(wanted, known) if name not in holding][: SUGGESTED - len(holding)]
+    return f"did you mean {' or '.join(map(repr, [*holding, *near]))}?" if holding else near_matches(wanted, known)
 
 
 def _plain(name: str) -> str:

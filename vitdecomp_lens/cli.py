@@ -133,7 +133,8 @@ def _model(name: str, options: argparse.Namespace, *, open_clip: bool = False) -
     else:
         if isinstance(options.pretrained, str):
             name = f"{name.partition('.')[0]}.{options.pretrained}"
-        model = weights.create_timm(name, pretrained=bool(options.pretrained), num_classes=options.num_classes)
+        classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
+        model = weights.create_timm(name, pretrained=bool(options.pretrained), **classes)
     if options.weights:
         weights.load_weights(model, options.weights)
         return model, f"the file {printable(Path(options.weights).name)}"

@@ -65,7 +65,10 @@ class Component:
 
     @classmethod
     def from_label(cls, label: str) -> "Component":
-        """Read a label back. What has no number of its own becomes a constant of that name."""
+        """Read a label back: ``L3H7``, ``L3N12``, ``attn.3``, ``mlp.3``, ``conv.3``, ``embed``, ``intervention@hook``.
+
+        Anything else is a constant of that name, since constants bear the names of parameters.
+        """
         if match := re.fullmatch(r"L(\d+)H(\d+)", label):
             return cls(kind="head", layer=int(match[1]), head=int(match[2]))
         if match := re.fullmatch(r"L(\d+)N(\d+)", label):

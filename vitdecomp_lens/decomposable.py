@@ -27,8 +27,8 @@ class Decomposable(Protocol):
     def token_points(self, by: By) -> tuple[Point, ...]:
         """Where components are read by token."""
 
-    def token_grid(self, images: Tensor) -> TokenGrid:
-        """Which pixels each token stands for."""
+    def token_grid(self, images: Tensor, hook: str) -> TokenGrid:
+        """Which pixels each token stands for of the value at a hook."""
 
     def check_images(self, images: Any) -> None:
         """Raise `InputError` for images that the model cannot take."""

@@ -19,7 +19,7 @@ from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.explanation import Contribution, Explanation, Heatmap, Prediction, Rectangle, share_of
 from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.hooked.preprocess import Photograph, open_upright
-from vitdecomp_lens.tokens import TokenAttribution
+from vitdecomp_lens.patch_maps import PatchMaps
 
 PREDICTIONS = 5
 
@@ -114,11 +114,12 @@ class Explainer:
             scores = attribute(self.model, image, direction.to(image), by=self.by, of="logits").cpu()
             tokens = attribute_tokens(self.model, image, direction.to(image), by=self.by, of="logits").cpu()
         logit = float(scores.total)  # type: ignore[arg-type]
-        contributions = tuple(_contributions(scores, tokens, logit))
+        maps = PatchMaps(tokens)
+        contributions = tuple(_contributions(scores, maps, logit))
         return Explanation(
             image=name,
             size=upright.size,
-            seen=_covered(self.model.preprocess_geometry(upright), tokens.grid, image),
+            seen=_covered(self.model.preprocess_geometry(upright), maps.canvas, image),
             model=_model_name(self.model),
             by=self.by,
             relative=self.relative,
@@ -127,9 +128,9 @@ class Explainer:
             logit=logit,
             predictions=tuple(self._predictions(logits)),
             contributions=contributions,
-            prefix=_prefix(tokens),
-            heatmap=Heatmap("all", sum(_patches(tokens, label) for label in tokens.labels)),  # type: ignore[arg-type]
-            top=tuple(Heatmap(label, _patches(tokens, label)) for label in _strongest(contributions, self.top)),
+            prefix=maps.by_prefix(),
+            heatmap=Heatmap("all", maps.of_all()),
+            top=tuple(Heatmap(label, maps.of(label)) for label in _strongest(contributions, self.top)),
             gap=float(scores.rest.abs().max()) / float(logits.abs().max()),  # type: ignore[union-attr]
         )
 
@@ -154,16 +155,12 @@ def _model_name(model: HookedViT) -> str:
     return str(configured.get("architecture") or model.cfg.model_name)
 
 
-def _contributions(scores: Attribution, tokens: TokenAttribution, logit: float) -> Iterator[Contribution]:
-    tokened = set(tokens.labels)
+def _contributions(scores: Attribution, maps: PatchMaps, logit: float) -> Iterator[Contribution]:
     for row in sorted(range(len(scores)), key=lambda row: -float(scores.values[row])):
         component, score = scores.components[row], float(scores.values[row])
         patches = prefix = None
-        if component.label in tokened:
-            patches, prefix = (
-                float(_patches(tokens, component.label).sum()),
-                float(_prefix_of(tokens, component.label).sum()),
-            )
+        if component.label in maps:
+            patches, prefix = float(maps.of(component.label).sum()), maps.prefix_of(component.label)
         yield Contribution(component.label, component.kind, score, share_of(score, logit), patches, prefix)
 
 
@@ -172,20 +169,6 @@ def _strongest(contributions: Sequence[Contribution], count: int) -> list[str]:
     scores = {one.component: one.patches for one in contributions if one.patches is not None}
     chosen = sorted(scores, key=lambda label: -abs(scores[label]))[:count]
     return sorted(chosen, key=lambda label: -scores[label])
-
-
-def _prefix_of(scores: TokenAttribution, label: str) -> Float[Tensor, "prefix"]:
-    return scores[label][0, : len(scores.grid.prefix), 0].double()
-
-
-def _prefix(scores: TokenAttribution) -> dict[str, float]:
-    total = sum(_prefix_of(scores, label) for label in scores.labels)
-    return {} if isinstance(total, int) else dict(zip(scores.grid.prefix, total.tolist(), strict=True))
-
-
-def _patches(scores: TokenAttribution, label: str) -> Float[Tensor, "row column"]:
-    grid = scores.grid
-    return scores[label][0, len(grid.prefix) :, 0].double().reshape(grid.rows, grid.columns)
 
 
 def _covered(seen: Rectangle, grid: TokenGrid, image: Tensor) -> Rectangle:

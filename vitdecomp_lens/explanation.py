@@ -23,6 +23,12 @@ from torch import Tensor
 from vitdecomp_lens.components import By
 
 FORMAT, VERSION = "vitdecomp_lens.explanations", 1
+NEAR_ZERO = 0.05  # of the largest score: a smaller logit is what is left of large scores, and shares of it say nothing
+ABOUT_PLACES = (
+    "Patches + prefix + no token = score. Prefix: from prefix tokens (class token, registers), which have no place on "
+    "the image; MLPs are read at the tokens that they write to. No token: constants, and the output bias of an "
+    "attention that is one component."
+)
 Rectangle = tuple[float, float, float, float]
 
 
@@ -47,7 +53,6 @@ class Contribution:
         share: Score divided by the logit that is explained; None where that is zero.
         patches: What of the score came from patches; None for a component that has no tokens at all.
         prefix: What of the score came from prefix tokens (class token, registers), which have no place on the image.
-            Where ``by`` leaves attention whole, its output bias is part of the score and came from no token.
     """
 
     component: str
@@ -56,6 +61,17 @@ class Contribution:
     share: float | None
     patches: float | None
     prefix: float | None
+
+    @property
+    def no_token(self) -> float:
+        """What of the score came from no token: all of it for a component that has none.
+
+        Where ``by`` leaves attention whole, its output bias is part of the score, and came from no token.
+
+        >>> Contribution("attn.0", "attn", 3.0, 1.0, patches=2.0, prefix=0.5).no_token
+        0.5
+        """
+        return self.score - (self.patches or 0.0) - (self.prefix or 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +137,14 @@ class Explanation:
 
     @property
     def elsewhere(self) -> float:
-        """What came from no token: constants, and components that read none."""
-        tokens = sum(((one.patches or 0.0) + (one.prefix or 0.0) for one in self.contributions), 0.0)
-        return sum((one.score for one in self.contributions), -tokens)
+        """What came from no token: constants, components that read none, and what of the others did not."""
+        return sum((one.no_token for one in self.contributions), 0.0)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether the logit is large enough, beside the largest score, for shares of it to mean something."""
+        largest = max((abs(one.score) for one in self.contributions), default=0.0)
+        return self.logit != 0 and abs(self.logit) >= NEAR_ZERO * largest
 
     def strongest(self, count: int) -> tuple[Contribution, ...]:
         """The components that write most in either direction, highest score first; constants are left out."""
@@ -185,8 +206,9 @@ class Explanation:
 
     def _says(self) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("probability", justify="right")
-        table.add_column("logit", justify="right")
+        # A long name of a class must not take the room of the numbers.
+        table.add_column("probability", justify="right", no_wrap=True, min_width=11)
+        table.add_column("logit", justify="right", no_wrap=True, min_width=6)
         table.add_column("class", overflow="ellipsis", no_wrap=True)
         for one in self.predictions:
             style = "bold" if one.index == self.index else ""
@@ -199,28 +221,33 @@ class Explanation:
         table = Table(
             title=Text(f"What writes the {what} of {printable(self.name)} ({self.index})", style="bold"),
             title_justify="left",
-            caption=Text(
-                "Share: score / total. Shares sum to 1, constants included; one is below 0 where a component writes "
-                "against the total, and may exceed 1. Prefix: the part of a score from prefix tokens, which have no "
-                "place on the image; MLPs are read at the tokens that they write to."
-            ),
+            caption=Text(f"{self._about_shares()} {ABOUT_PLACES}"),
             caption_justify="left",
         )
         table.add_column("component")
-        for heading in ("score", "share", "patches", "prefix"):
+        for heading in ("score", "share", "patches", "prefix", "no token"):
             table.add_column(heading, justify="right")
-        shown = self.strongest(count)
+        shown, whole = self.strongest(count), self.logit if self.has_shares else None
         for one in shown:
-            table.add_row(*_row(one.component, [one], self.logit))
+            table.add_row(*_row(one.component, [one], whole))
         rest = [one for one in self.contributions if one.kind != "constant" and one not in shown]
         constants = [one for one in self.contributions if one.kind == "constant"]
         table.add_section()
         if rest:
-            table.add_row(*_row(f"{len(rest)} other components", rest, self.logit))
-        table.add_row(*_row(f"{len(constants)} constants", constants, self.logit))
+            table.add_row(*_row(f"{len(rest)} other components", rest, whole))
+        table.add_row(*_row(f"{len(constants)} constants", constants, whole))
         table.add_section()
-        table.add_row(*_row("total", list(self.contributions), self.logit), style="bold")
+        table.add_row(*_row("total", list(self.contributions), whole), style="bold")
         return table
+
+    def _about_shares(self) -> str:
+        if self.has_shares:
+            return (
+                "Share: score / total. Shares sum to 1, constants included; one is below 0 where a component writes "
+                "against the total, and may exceed 1."
+            )
+        advice = "" if self.relative else " --relative explains the logit minus the mean of all logits."
+        return f"No shares: the total is less than {100 * NEAR_ZERO:.0f} % of the largest score.{advice}"
 
 
 def share_of(score: float, logit: float) -> float | None:
@@ -241,19 +268,20 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def _row(label: str, several: list[Contribution], logit: float) -> tuple[Text, ...]:
+def _row(label: str, several: list[Contribution], whole: float | None) -> tuple[Text, ...]:
     score = sum((one.score for one in several), 0.0)
     tokened = [one for one in several if one.patches is not None]
     patches = sum((one.patches or 0.0 for one in tokened), 0.0)
     prefix = sum((one.prefix or 0.0 for one in tokened), 0.0)
-    share = share_of(score, logit)
+    share = None if whole is None else share_of(score, whole)
     style = "green" if score > 0 else "red"
     return (
         Text(label),
         Text(f"{score:+.3f}", style=style),
-        Text("" if share is None else f"{100 * share:+.1f} %"),
+        Text("–" if share is None else f"{100 * share:+.1f} %"),
         Text(f"{patches:+.3f}" if tokened else ""),
         Text(f"{prefix:+.3f}" if tokened else ""),
+        Text(f"{score - patches - prefix:+.3f}"),
     )
 
 

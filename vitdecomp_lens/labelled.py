@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitdecomp_lens import storage
+from vitdecomp_lens.components import Component
 from vitdecomp_lens.coverage import Coverage
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.gap import Checked, summed, summed_groups
@@ -99,9 +100,9 @@ class Labelled(Checked):
         return iter(self._positions)
 
     def __contains__(self, label: object) -> bool:
-        return label in self._positions
+        return (label.label if isinstance(label, Component) else label) in self._positions
 
-    def __getitem__(self, label: str) -> Float[Tensor, "batch width"]:
+    def __getitem__(self, label: str | Component) -> Float[Tensor, "batch width"]:
         return self.values[position(self._positions, label)]
 
     def __repr__(self) -> str:
@@ -190,8 +191,8 @@ class Labelled(Checked):
             components=tuple(self.components[row] for row in others),
         )
 
-    def images(self: L, index: slice | Sequence[int] | Tensor) -> L:
-        """Some images of the batch, by a slice, their numbers, or a boolean mask.
+    def images(self: L, index: int | slice | Sequence[int] | Tensor) -> L:
+        """Some images of the batch, by a number, a slice, their numbers, or a boolean mask.
 
         Raises:
             InputError: Where the batch has no such image.

@@ -138,14 +138,24 @@ def make_request(
 
 def _checked_directions(directions: Any, d_rep: int, images: Tensor) -> Tensor:
     if not isinstance(directions, Tensor) or not directions.is_floating_point():
+        came = f"a tensor of {directions.dtype}" if isinstance(directions, Tensor) else type(directions).__name__
         raise InputError(
-            f"Expected directions as a floating tensor [direction, {d_rep}]; got {type(directions).__name__}."
+            f"Expected directions as a floating tensor [direction, {d_rep}]; got {came}. Convert them:"
+            " torch.as_tensor(directions).float()."
         )
     if directions.dim() != 2 or directions.shape[1] != d_rep or not len(directions):
-        fix = "For one direction, pass directions[None]." if directions.dim() == 1 else "They may be of another space."
+        fix = "They may be of another space: make them for the space of of=."
+        if directions.dim() == 1:
+            fix = "For one direction, pass directions[None]."
+        elif not len(directions):
+            fix = "Pass at least one direction."
         raise InputError(f"Expected directions [direction, {d_rep}]; got {tuple(directions.shape)}. {fix}")
-    if not bool(directions.isfinite().all()):
-        raise InputError("Expected finite directions; some entries are NaN or infinite.")
+    if not bool((finite := directions.isfinite().all(1)).all()):
+        first = int((~finite).nonzero()[0])
+        raise InputError(
+            f"Expected finite directions; direction {first} of {len(directions)} has NaN or infinite entries. Check how"
+            " it was made."
+        )
     return directions.detach().to(images.device, wide(images.dtype))
 
 
@@ -196,7 +206,7 @@ def _piece(batch_size: int | None, images: Tensor, bytes_of_one: int) -> int:
         most = max(1, budget // max(1, bytes_of_one))
         return -(-len(images) // -(-len(images) // most))  # even pieces
     if batch_size < 1:
-        raise InputError(f"batch_size= must be at least 1; got {batch_size}.")
+        raise InputError(f"batch_size= must be at least 1; got {batch_size}. Leave it out to have it chosen.")
     return batch_size
 
 
@@ -209,7 +219,7 @@ def refuse_too_large(shape: tuple[int, ...], dtype: torch.dtype, max_bytes: int,
     size = torch.Size(shape).numel() * dtype.itemsize
     if size > max_bytes:
         raise CapacityError(
-            f"The result, [{axes}] = {list(shape)} of {dtype}, would take {size / 2**30:.2f} GiB, more than"
+            f"The result, [{axes}] = {list(shape)} of {dtype}, would take {size:,} bytes, more than"
             f" max_bytes={max_bytes} allows. Use fewer images, components=[...], a coarser by=, or attribute() with few"
             " directions in place of whole vectors; or raise max_bytes=."
         )

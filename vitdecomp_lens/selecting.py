@@ -74,8 +74,19 @@ def positions_of(components: Sequence[Component]) -> dict[str, int]:
     return {c.label: position for position, c in enumerate(components)}
 
 
-def position(known: Mapping[str, int], label: str) -> int:
-    """The row of a label, or an UnknownNameError with near matches."""
+def position(known: Mapping[str, int], label: str | Component) -> int:
+    """The row of a label, or of a component.
+
+    Raises:
+        UnknownNameError: If it is not among the known ones; the message has near matches.
+        InputError: If it is no label.
+    """
+    label = label.label if isinstance(label, Component) else label
+    if not isinstance(label, str):
+        raise InputError(
+            f"Expected a label such as 'L3H7' or a Component; got {label!r}. For rows by number, use .values[row]; for "
+            f"several components, .select(...)."
+        )
     if label not in known:
         raise UnknownNameError(f"There is no component {label!r}; {near_matches(label, known)}")
     return known[label]
@@ -142,11 +153,11 @@ def taken(values: Tensor, rows: Sequence[int], axis: int = 0) -> Tensor:
     return values.index_select(axis, torch.tensor(rows, device=values.device))
 
 
-def rows_of_batch(index: slice | Sequence[int] | Tensor, batch: int) -> list[int]:
+def rows_of_batch(index: int | slice | Sequence[int] | Tensor, batch: int) -> list[int]:
     """The images that an index means.
 
     Args:
-        index: A slice, numbers (negative ones count from the end), or a boolean mask over the batch.
+        index: A number, a slice, numbers (negative ones count from the end), or a boolean mask over the batch.
         batch: How many images there are.
 
     Raises:
@@ -154,6 +165,7 @@ def rows_of_batch(index: slice | Sequence[int] | Tensor, batch: int) -> list[int
     """
     if isinstance(index, slice):
         return list(range(batch))[index]
+    index = [index] if isinstance(index, int) else index
     try:
         return torch.arange(batch)[torch.as_tensor(index).cpu() if len(index) else []].reshape(-1).tolist()
     except (IndexError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ from vitdecomp_lens.gap import accumulator, summed_groups
 from vitdecomp_lens.selecting import Components, as_components, grouped, summary, taken
 
 PixelMode = Literal["nearest", "density"]
+SHOWN_PREFIX = 9
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,4 +145,5 @@ def describe_grid(grid: TokenGrid) -> str:
     >>> describe_grid(TokenGrid(2, 3, (8, 12), prefix=("CLS",)))
     '2 × 3 patches, prefix CLS'
     """
-    return f"{grid.rows} × {grid.columns} patches" + (f", prefix {', '.join(grid.prefix)}" if grid.prefix else "")
+    names = grid.prefix if len(grid.prefix) <= SHOWN_PREFIX else (grid.prefix[0], "...", grid.prefix[-1])
+    return f"{grid.rows} × {grid.columns} patches" + (f", prefix {', '.join(names)}" if names else "")

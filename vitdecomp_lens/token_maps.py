@@ -1,6 +1,7 @@
 """The scores by token, written piece by piece into results that are there from the start."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitdecomp_lens.capture import Captured
-from vitdecomp_lens.components import Point
+from vitdecomp_lens.components import Component, Point, TokenGrid
 from vitdecomp_lens.decomposition import Attribution
 from vitdecomp_lens.request import Request, refuse_too_large
 from vitdecomp_lens.tokens import TokenAttribution, TokenBlock
+
+
+@dataclass
+class _Block:
+    """The results of the components that read one grid of tokens."""
+
+    grid: TokenGrid
+    place: dict[Component, int]
+    values: Float[Tensor, "component batch token direction"]
 
 
 class TokenMaps:
@@ -21,23 +31,40 @@ class TokenMaps:
     def __init__(self, request: Request, components: Sequence[str] | None, max_bytes: int) -> None:
         self.request, program = request, request.program
         self.whole, wanted = request.labelled(components)
-        self.tokened = [p for p in request.met if p.token_axis is not None]
-        with_tokens = {c for point in self.tokened for c in request.components_of(point)}
-        self.components = [c for c in wanted if c in with_tokens]
+        tokened = [p for p in request.met if p.token_axis is not None]
+        with_tokens = {c for point in tokened for c in request.components_of(point)}
+        self.tokened = [p for p in tokened if not set(wanted).isdisjoint(request.components_of(p))]
         self.others = [c for c in wanted if c not in with_tokens]
-        self.grid = request.model.token_grid(request.images)
-        batch, count = len(request.images), program.directions
-        shape = (len(self.components), batch, len(self.grid), count)
-        refuse_too_large(shape, program.dtype, max_bytes, "component batch token direction")
-        # Not zeroed as a whole: nearly all of it is written once, and it is the largest tensor there is.
-        self.values = torch.empty(shape, dtype=program.dtype, device=program.device)
-        self.untokened = torch.empty(len(self.others), batch, count, dtype=self.values.dtype, device=self.values.device)
-        self.place = {component: row for row, component in enumerate(self.components)}
-        self.tokened = [p for p in self.tokened if not self.place.keys().isdisjoint(request.components_of(p))]
+        self.blocks, self.home = self._empty_blocks(wanted, max_bytes)
+        self.untokened = torch.empty(
+            len(self.others), len(request.images), program.directions, dtype=program.dtype, device=program.device
+        )
         self.direct = [point for point in self.tokened if self._is_direct(point)]
         for point in self.tokened:
-            rows = [self.place[c] for c in request.components_of(point) if c in self.place]
-            self.values[rows, :, : None if self._sums_heads(point) else point.skipped_tokens] = 0
+            block = self.home[point.hook]
+            rows = [block.place[c] for c in request.components_of(point) if c in block.place]
+            block.values[rows, :, : None if self._sums_heads(point) else point.skipped_tokens] = 0
+
+    def _empty_blocks(
+        self, wanted: Sequence[Component], max_bytes: int
+    ) -> tuple[dict[TokenGrid, _Block], dict[str, _Block]]:
+        """Room for the scores, by token grid; and where those of a point go."""
+        request, program = self.request, self.request.program
+        grids = {point.hook: request.model.token_grid(request.images, point.hook) for point in self.tokened}
+        rows: dict[TokenGrid, list[Component]] = {grid: [] for grid in grids.values()}
+        grid_of = {c: grids[point.hook] for point in self.tokened for c in request.components_of(point)}
+        for component in wanted:
+            if component in grid_of:
+                rows[grid_of[component]].append(component)
+        batch, count = len(request.images), program.directions
+        tokens = sum(len(components) * len(grid) for grid, components in rows.items())
+        refuse_too_large((tokens, batch, count), program.dtype, max_bytes, "component·token batch direction")
+        blocks = {}
+        for grid, components in rows.items():
+            # Not zeroed as a whole: nearly all of it is written once, and it is the largest tensor there is.
+            values = torch.empty(len(components), batch, len(grid), count, dtype=program.dtype, device=program.device)
+            blocks[grid] = _Block(grid, {component: row for row, component in enumerate(components)}, values)
+        return blocks, {hook: blocks[grid] for hook, grid in grids.items()}
 
     @property
     def reads(self) -> list[str]:
@@ -75,26 +102,27 @@ class TokenMaps:
         """Whether scores of a point are written where they belong, first unweighted."""
         if self._sums_heads(point) or not self.request.program.weighs_last(point.hook):
             return False
-        places = [self.place.get(c, -1) for c in self.request.components_of(point)]
+        place = self.home[point.hook].place
+        places = [place.get(c, -1) for c in self.request.components_of(point)]
         return places[0] >= 0 and places == list(range(places[0], places[0] + len(places)))
 
     def _rows_of(self, point: Point, images: slice) -> Tensor:
         """Where the scores of a point's components go."""
-        mine = self.request.components_of(point)
-        first = self.place[mine[0]]
-        return self.values[first : first + len(mine), images, point.skipped_tokens :]
+        mine, block = self.request.components_of(point), self.home[point.hook]
+        first = block.place[mine[0]]
+        return block.values[first : first + len(mine), images, point.skipped_tokens :]
 
     def _add_point(self, point: Point, kept: Tensor, weights: Any, images: slice) -> None:
-        mine = self.request.components_of(point)
-        chosen = [number for number, component in enumerate(mine) if component in self.place]
+        mine, block = self.request.components_of(point), self.home[point.hook]
+        chosen = [number for number, component in enumerate(mine) if component in block.place]
         split = 1 if point.axis is None else kept.shape[point.axis]
-        scratch = self.values.new_empty(split, *self.values[0, images, point.skipped_tokens :].shape)
+        scratch = block.values.new_empty(split, *block.values[0, images, point.skipped_tokens :].shape)
         self.request.program.by_token(point.hook, kept, weights, scratch, token_axis=point.token_axis or 1)
-        places = [self.place[mine[number]] for number in chosen]
+        places = [block.place[mine[number]] for number in chosen]
         if self._sums_heads(point):
-            self.values[places[0], images, point.skipped_tokens :] += scratch.sum(0)
+            block.values[places[0], images, point.skipped_tokens :] += scratch.sum(0)
         else:
-            self.values[places, images, point.skipped_tokens :] = scratch[chosen]
+            block.values[places, images, point.skipped_tokens :] = scratch[chosen]
 
     def _add_others(self, captured: Captured, weights: Any, images: slice) -> None:
         request, batch = self.request, len(captured.total)
@@ -108,14 +136,15 @@ class TokenMaps:
 
     def divide(self, norm: Float[Tensor, "batch 1"]) -> None:
         """Divide all scores of an image by its norm."""
-        self.values = self.values / norm[:, :, None]
+        for block in self.blocks.values():
+            block.values = block.values / norm[:, :, None]
         self.untokened = self.untokened / norm
 
     def result(self, total: Tensor, names: Sequence[str] | None) -> TokenAttribution:
         """The scores with their labels."""
         directions = None if names is None else tuple(names)
         others = Attribution(self.untokened, tuple(self.others), directions=directions)
-        blocks = (TokenBlock(self.values, tuple(self.components), self.grid),) if self.components else ()
+        blocks = tuple(TokenBlock(block.values, tuple(block.place), block.grid) for block in self.blocks.values())
         return TokenAttribution(
             blocks,
             others,

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -129,19 +130,24 @@ class TokenAttribution(Checked):
             )
         return self.blocks[0]
 
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return positions_of(self.components)
+
     def __len__(self) -> int:
         return len(self.components)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.labels)
+        return iter(self._positions)
 
     def __contains__(self, label: object) -> bool:
-        return label in self.labels
+        return (label.label if isinstance(label, Component) else label) in self._positions
 
-    def __getitem__(self, label: str) -> Float[Tensor, "batch token direction"]:
+    def __getitem__(self, label: str | Component) -> Float[Tensor, "batch token direction"]:
         if label in self.untokened:
+            label = label.label if isinstance(label, Component) else label
             raise UnknownNameError(f"The component {label!r} has no tokens; read .untokened[{label!r}].")
-        row = position(positions_of(self.components), label)
+        row = position(self._positions, label)
         for block in self.blocks:
             if row < len(block):
                 break
@@ -228,8 +234,8 @@ class TokenAttribution(Checked):
             )
         return replace(self, blocks=blocks, untokened=untokened)
 
-    def images(self, index: slice | Sequence[int] | Tensor) -> "TokenAttribution":
-        """Some images of the batch, by a slice, their numbers, or a boolean mask.
+    def images(self, index: int | slice | Sequence[int] | Tensor) -> "TokenAttribution":
+        """Some images of the batch, by a number, a slice, their numbers, or a boolean mask.
 
         Raises:
             InputError: Where the batch has no such image.

@@ -17,13 +17,13 @@ from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError, near
 SHOWN = 4  # how many keys a message names
 
 
-def create_timm(name: str, *, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
+def create_timm(name: str, *, pretrained: bool = False, **timm_kwargs: Any) -> nn.Module:
     """Create a model of timm by name, in evaluation mode.
 
     Args:
         name: timm's name, with or without the tag of its weights, or ``hf-hub:OWNER/NAME``.
         pretrained: Whether to load its weights.
-        num_classes: Classes of its classifier; by default as timm has it.
+        **timm_kwargs: Passed to ``timm.create_model``.
 
     Raises:
         UnknownNameError: If timm has no such model or tag; the message has near matches.
@@ -45,21 +45,21 @@ def create_timm(name: str, *, pretrained: bool = False, num_classes: int | None 
         if tag and tag not in known:
             raise UnknownNameError(f"timm has no weights {tag!r} for {architecture}; {near_matches(tag, known)}")
         if pretrained and not known:
-            raise InputError(f"timm has no weights for {architecture}. Leave --pretrained out, or give a file.")
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+            raise InputError(f"timm has no weights for {architecture}. Make it without, or load a file.")
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **timm_kwargs)
     except (OSError, RuntimeError, ValueError) as error:
         raise _unloadable(name, error) from error
     return model.eval()
 
 
-def create_open_clip(name: str, *, pretrained: str | None = None) -> nn.Module:
+def create_open_clip(name: str, *, pretrained: str | None = None, **kwargs: Any) -> nn.Module:
     """Create a model of open_clip by name, in evaluation mode.
 
     Args:
         name: open_clip's name, such as ``"ViT-B-16"``.
-        pretrained: Tag of its weights.
+        pretrained: Tag or file of its weights.
+        **kwargs: Passed to ``open_clip.create_model``.
 
     Raises:
         UnknownNameError: If open_clip has no such model or tag; the message has near matches.
@@ -68,13 +68,13 @@ def create_open_clip(name: str, *, pretrained: str | None = None) -> nn.Module:
     import open_clip
 
     known = open_clip.list_models()
-    if name not in known:
+    if name not in known and ":" not in name:  # such as hf-hub:OWNER/NAME
         raise UnknownNameError(f"open_clip has no model {name!r}; {near_matches(name, known)}")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is not None and pretrained not in tags:
+    if pretrained is not None and pretrained not in tags and not Path(pretrained).exists():
         raise UnknownNameError(f"open_clip has no weights {pretrained!r} for {name}; {near_matches(pretrained, tags)}")
     try:
-        model: nn.Module = open_clip.create_model(name, pretrained=pretrained)
+        model: nn.Module = open_clip.create_model(name, pretrained=pretrained, **kwargs)
     except (OSError, RuntimeError, ValueError) as error:
         raise _unloadable(name, error) from error
     return model.eval()
@@ -83,8 +83,9 @@ def create_open_clip(name: str, *, pretrained: str | None = None) -> nn.Module:
 def _unloadable(name: str, error: Exception) -> InputError:
     first = next(iter(str(error).splitlines()), "")
     return InputError(
-        f"The model {name!r} could not be made with its weights: {type(error).__name__}: {first} Without a network, "
-        f"give the weights as a file: --weights FILE.safetensors, or load_weights(module, path)."
+        f"The model {name!r} could not be made, or its weights not loaded: {type(error).__name__}: {first} Without a "
+        f"network, make it without pretrained weights and load a file: load_weights(module, 'weights.safetensors'), or "
+        f"--weights FILE.safetensors on the command line."
     )
 
 

@@ -9,7 +9,7 @@ where each dimension of the node is *owned* by A (the batch, tokens: what differ
 images and is computed once. A is computed anew for each batch by a `Tape` of a few tiny operations, fed by the
 frozen statistics. A dimension that a factor does not own has size 1 in it.
 
-``adjoints.py`` says how pairs pass each operation; this file has the two data structures and the three moves
+``adjoints/`` says how pairs pass each operation; this file has the two data structures and the three moves
 that change who owns a dimension.
 """
 

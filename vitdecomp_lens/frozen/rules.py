@@ -14,7 +14,7 @@ source       every other nonlinearity                            its value
 
 A walk from the output towards the input passes linear operations and normalisers; it passes a pattern or a
 gate only where a cut lies behind it, and never a source. What an operation is linear *in* is all that this
-file says; how a cotangent passes it stands in ``adjoints.py``, how the frozen operation is replayed in
+file says; how a cotangent passes it stands in ``adjoints/``, how the frozen operation is replayed in
 ``replay.py``.
 
 To add an operation, register a function that gets its node and the set of nodes that depend on the images,

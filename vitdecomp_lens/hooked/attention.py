@@ -6,6 +6,7 @@ the same order: fused, unless the scores or the pattern are hooked.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,19 +33,26 @@ class HookedHeads(nn.Module, ABC):
     """Hook points of attention heads, and the mixing of values by patterns between them.
 
     ``hook_q``, ``hook_k`` (after QK-norm), ``hook_v`` and ``hook_z`` are ``batch token head d_head``;
-    ``hook_attn_scores`` and ``hook_pattern`` are ``batch head query key``.
+    ``hook_attn_scores`` and ``hook_pattern`` are ``batch head query key``. Where positions rotate queries and keys,
+    ``hook_q`` and ``hook_k`` come before that, and ``hook_rot_q`` and ``hook_rot_k`` after it.
+
+    Args:
+        rotary: Whether positions rotate queries and keys.
     """
 
     hook_q: HookPoint
     hook_k: HookPoint
     hook_v: HookPoint
+    hook_rot_q: HookPoint
+    hook_rot_k: HookPoint
     hook_z: HookPoint
     hook_attn_scores: LazyHookPoint
     hook_pattern: LazyHookPoint
 
-    def __init__(self) -> None:
+    def __init__(self, *, rotary: bool = False) -> None:
         super().__init__()
-        for name in ("hook_q", "hook_k", "hook_v"):
+        self.rotary = rotary
+        for name in ("hook_q", "hook_k", "hook_v", *(("hook_rot_q", "hook_rot_k") if rotary else ())):
             setattr(self, name, HookPoint())
         self.hook_attn_scores = LazyHookPoint()
         self.hook_pattern = LazyHookPoint()
@@ -65,6 +73,20 @@ class HookedHeads(nn.Module, ABC):
         """Apply attention dropout; there is none unless overridden."""
         return pattern
 
+    def rotate(self, q: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys by their positions; nothing does unless overridden.
+
+        Args:
+            q: Queries, heads before tokens.
+            k: Keys, likewise.
+            dtype: That of the values, which both are brought to.
+        """
+        return q, k
+
+    def score_bias(self) -> Float[Tensor, "*#batch head query key"] | None:
+        """What is added to the scores, such as a bias by relative position; nothing unless overridden."""
+        return None
+
     def score(self, q: Tensor, k: Tensor) -> Float[Tensor, "batch head query key"]:
         """Attention scores: scaled dot products."""
         return (q * self.scale) @ k.transpose(-2, -1)
@@ -76,18 +98,25 @@ class HookedHeads(nn.Module, ABC):
         v: Float[Tensor, "batch head key d_head"],
     ) -> Float[Tensor, "batch head query d_head"]:
         """Mix values by the attention pattern."""
+        bias = self.score_bias()
         if self.fused and not any_hooked((self.hook_attn_scores, self.hook_pattern)):
-            return functional.scaled_dot_product_attention(q, k, v)
-        scores = fire(self.hook_attn_scores, self.score(q, k))
+            return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        scores = self.score(q, k)
+        scores = fire(self.hook_attn_scores, scores if bias is None else scores + bias)
         return fire(self.hook_pattern, self.drop(scores.softmax(-1))) @ v
 
     def mix_hooked(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch query head d_head"]:
         """Pass queries, keys and values, heads before tokens, through their hooks; mix them, tokens before heads."""
-        q, k, v = (
-            fire(point, heads.transpose(1, 2)).transpose(1, 2)
-            for point, heads in ((self.hook_q, q), (self.hook_k, k), (self.hook_v, v))
-        )
+        q, k, v = _show(self.hook_q, q), _show(self.hook_k, k), _show(self.hook_v, v)
+        if self.rotary:
+            q, k = self.rotate(q, k, v.dtype)
+            q, k = _show(self.hook_rot_q, q), _show(self.hook_rot_k, k)
         return self.mix(q, k, v).transpose(1, 2)
+
+
+def _show(point: HookPoint, heads: Tensor) -> Tensor:
+    """Pass a value with heads before tokens through a hook that sees tokens before heads."""
+    return fire(point, heads.transpose(1, 2)).transpose(1, 2)
 
 
 class HookedAttention(HookedHeads):
@@ -97,16 +126,21 @@ class HookedAttention(HookedHeads):
     over heads, plus ``b_O``, is what is added to the stream. ``hook_result``, each head's share of that,
     exists after `use_result`. See `HookedHeads` for the other hooks.
 
+    ``context`` holds what the library hands to the attention beside the stream, by the name of the argument: rotations,
+    a position bias that blocks share. The block puts it there for the length of its forward.
+
     Args:
         core: The (cloned) attention module of the library.
         tail: What the block does with the output before adding it (LayerScale).
+        rotary: Whether positions rotate queries and keys.
     """
 
     hook_result: LazyHookPoint
     core: nn.Module
 
-    def __init__(self, core: nn.Module, *, tail: Tail | None = None) -> None:
-        super().__init__()
+    def __init__(self, core: nn.Module, *, tail: Tail | None = None, rotary: bool = False) -> None:
+        super().__init__(rotary=rotary)
+        self.context: Mapping[str, Any] = {}
         self._split: tuple[Tensor, Tensor, Tensor] | None = None
         self.tail = tail or Tail()
         self.stand_in_for(core)
@@ -242,14 +276,18 @@ class HookedAttention(HookedHeads):
 
     def call_core(self, x: Tensor) -> Tensor:
         """Call the library's module, whose ``forward`` is `run`."""
-        out: Tensor = self.core(x)
+        out: Tensor = self.core(x, **self.context)
         return out
 
-    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *args: Any, **context: Any) -> Any:
         """Stand in for the library's ``forward``: the library's own while no hook is in use."""
         if self._split is None and not any_hooked(self._points):
-            return type(self.core).forward(self.core, x, *args, **kwargs)
-        return self.project_out(self.head_outputs(x, self._split))
+            return type(self.core).forward(self.core, x, *args, **context)
+        outer, self.context = self.context, context  # a hook of the user's on the library's module may have changed it
+        try:
+            return self.project_out(self.head_outputs(x, self._split))
+        finally:
+            self.context = outer
 
     def head_outputs(
         self, x: Stream, split: tuple[Tensor, Tensor, Tensor] | None

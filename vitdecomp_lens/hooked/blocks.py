@@ -1,6 +1,7 @@
 """Transformer blocks with hook points on the residual stream and on what each branch adds to it."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class HookedBlock(nn.Module, ABC):
         """The block's MLPs, by their name below the block."""
 
     @abstractmethod
-    def add_branches(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+    def add_branches(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """Return the stream after the block."""
 
     def use_split_qkv_input(self, use: bool) -> None:
@@ -56,13 +57,31 @@ class HookedBlock(nn.Module, ABC):
         )
 
     def forward(
-        self, x: Float[Tensor, "batch token d_model"], attn_mask: None = None, is_causal: bool = False
-    ) -> Float[Tensor, "batch token d_model"]:
-        """Run the block. The library passes a mask along, which image towers do not use."""
+        self,
+        x: Float[Tensor, "*axes d_model"],
+        attn_mask: None = None,
+        is_causal: bool = False,
+        **context: Any,
+    ) -> Float[Tensor, "*axes d_model"]:
+        """Run the block.
+
+        Args:
+            x: The stream.
+            attn_mask: None. Libraries pass a mask along, which image towers do not use.
+            is_causal: False, likewise.
+            **context: What the library gives its block for the attention: rotations, a shared position bias.
+        """
         if attn_mask is not None or is_causal:
             raise InputError("Hooked models attend to all tokens: attn_mask must be None and is_causal False.")
-        x = fire(self.hook_resid_pre, x)
-        return fire(self.hook_resid_post, self.add_branches(x))
+        readers = tuple(self.attentions.values()) if context else ()
+        for attn in readers:
+            attn.context = context
+        try:
+            x = fire(self.hook_resid_pre, x)
+            return fire(self.hook_resid_post, self.add_branches(x))
+        finally:
+            for attn in readers:
+                attn.context = {}
 
 
 class TwoBranchBlock(HookedBlock):
@@ -132,7 +151,7 @@ class TwoBranchBlock(HookedBlock):
         """What the MLP adds to the stream ``x``."""
         return self.mlp(self.ln2(x))
 
-    def add_branches(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+    def add_branches(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """Add attention, then MLP."""
         x = fire(self.hook_resid_mid, x + fire(self.hook_attn_out, self.drop_path1(self.attention_branch(x))))
         return x + fire(self.hook_mlp_out, self.drop_path2(self.mlp_branch(x)))

@@ -11,12 +11,15 @@ from vitdecomp_lens.hooked.registry import ImageSpec
 _QUANTISED_MODULES = ("torch.ao.nn", "torch.nn.quantized", "torch.nn.quantizable", "bitsandbytes", "torchao", "quanto")
 
 
-def check_module(module: nn.Module) -> None:
+def check_module(module: Any) -> None:
     """Refuse a module that is wrapped, compiled, quantised or training with dropout.
 
     Raises:
         UnsupportedModelError: Saying what to do instead.
     """
+    if not isinstance(module, nn.Module):
+        by_name = f" For a model by name: HookedViT.from_timm({module!r})." if isinstance(module, str) else ""
+        raise UnsupportedModelError(f"Expected a module; got {type(module).__name__}.{by_name}")
     name = type(module).__name__
     if name == "OptimizedModule" or any(child._compiled_call_impl is not None for child in module.modules()):
         raise UnsupportedModelError(
@@ -88,13 +91,17 @@ def check_shape(images: Any, spec: ImageSpec) -> None:
             f"or scale and normalise them as the model was trained."
         )
     if images.ndim != 4:
-        hint = " Add the batch axis: images[None]." if images.ndim == 3 else ""
-        raise InputError(f"Images must be {wanted}; got {shape}.{hint}")
+        hint = "Add the batch axis: images[None]." if images.ndim == 3 else "Reshape them to one batch of images."
+        raise InputError(f"Images must be {wanted}; got {shape}. {hint}")
     if images.shape[0] == 0:
-        raise InputError(f"Images must be {wanted} with at least one image; got an empty batch {shape}.")
+        raise InputError(
+            f"Images must be {wanted} with at least one image; got an empty batch {shape}. Check what selected them."
+        )
     if images.shape[1] != spec.channels:
-        hint = " Channels come first: images.permute(0, 3, 1, 2)." if images.shape[3] == spec.channels else ""
-        raise InputError(f"Images must have {spec.channels} channels, {wanted}; got {shape}.{hint}")
+        hint = f"Use model.preprocess(photographs); grey images: images.expand(-1, {spec.channels}, -1, -1)."
+        if images.shape[3] == spec.channels:
+            hint = "Channels come first: images.permute(0, 3, 1, 2)."
+        raise InputError(f"Images must have {spec.channels} channels, {wanted}; got {shape}. {hint}")
     height, width = images.shape[2:]
     if spec.size is not None and (height, width) != tuple(spec.size):
         raise InputError(

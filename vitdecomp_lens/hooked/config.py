@@ -31,6 +31,7 @@ def read_config(tower: Tower, name: str) -> HookedViTConfig:
     known: dict[str, Any] = {
         "d_mlp": None if mlp is None else mlp.d_mlp,
         "n_key_value_heads": None,
+        "positional_embedding_type": "rotary" if attn.rotary else "standard",
     }
     return HookedViTConfig(
         d_model=attn.W_O.shape[2],

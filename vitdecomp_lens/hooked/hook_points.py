@@ -6,7 +6,7 @@ library module to a hook point: the library's own ``forward`` stays in charge.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +32,59 @@ def any_hooked(points: Iterable[HookPoint]) -> bool:
     return any(map(is_hooked, points))
 
 
-def fire(point: HookPoint, value: Tensor) -> Tensor:
-    """Pass a value through a hook point, if anything is attached to it.
+@runtime_checkable
+class Layout(Protocol):
+    """How a library lays out values that hooks see as ``batch token ...``."""
 
-    Points of a model that runs tokens before batch carry ``tokens_first``: their hooks see the batch first.
-    """
-    if not is_hooked(point):
-        return value
-    if getattr(point, "tokens_first", False):
-        swapped: Tensor = point(value.transpose(0, 1))
-        return swapped.transpose(0, 1)
-    result: Tensor = point(value)
-    return result
+    def show(self, value: Tensor) -> Tensor:
+        """Return the value as hooks see it."""
+
+    def restore(self, shown: Tensor, like: Tensor) -> Tensor:
+        """Return what hooks saw, laid out as ``like``."""
+
+
+class TokensFirst:
+    """``token batch ...``."""
+
+    def show(self, value: Tensor) -> Tensor:
+        """Put the batch first."""
+        return value.transpose(0, 1)
+
+    def restore(self, shown: Tensor, like: Tensor) -> Tensor:
+        """Put tokens first."""
+        return shown.transpose(0, 1)
+
+
+class Grid:
+    """``batch row column ...``."""
+
+    def show(self, value: Tensor) -> Tensor:
+        """Put rows and columns behind each other, as tokens."""
+        return value.flatten(1, 2)
+
+    def restore(self, shown: Tensor, like: Tensor) -> Tensor:
+        """Put tokens into rows and columns."""
+        return shown.unflatten(1, like.shape[1:3])
+
+
+def lay_out(points: Iterable[HookPoint], layout: Layout) -> None:
+    """Say how the values at hook points are laid out by the library."""
+    for point in points:
+        point.__dict__["layout"] = layout
 
 
 def swap_tokens_first(points: Iterable[HookPoint]) -> None:
     """Mark hook points as owned by a module that runs tokens before batch."""
-    for point in points:
-        point.__dict__["tokens_first"] = True
+    lay_out(points, TokensFirst())
+
+
+def fire(point: HookPoint, value: Tensor) -> Tensor:
+    """Pass a value through a hook point, if anything is attached to it; its hooks see ``batch token ...``."""
+    if not is_hooked(point):
+        return value
+    layout: Layout | None = point.__dict__.get("layout")
+    result: Tensor = point(value if layout is None else layout.show(value))
+    return result if layout is None else layout.restore(result, value)
 
 
 class OutputTap:

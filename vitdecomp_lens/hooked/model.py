@@ -21,6 +21,7 @@ from vitdecomp_lens.hooked.blocks import HookedBlock
 from vitdecomp_lens.hooked.clone import StructureWatch, clone_tree
 from vitdecomp_lens.hooked.config import read_config
 from vitdecomp_lens.hooked.registry import ImageSpec, find_adapter
+from vitdecomp_lens.weights import create_open_clip, create_timm
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 HookList = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
@@ -94,10 +95,12 @@ class HookedViT(HookedRootModule):
             name: timm's name, such as ``"vit_base_patch16_224.dino"``.
             pretrained: Whether to load its weights.
             **timm_kwargs: Passed to ``timm.create_model``.
-        """
-        import timm
 
-        return cls(timm.create_model(name, pretrained=pretrained, **timm_kwargs).eval())
+        Raises:
+            UnknownNameError: If timm has no such model or weights; the message has near matches.
+            InputError: If the weights cannot be loaded.
+        """
+        return cls(create_timm(name, pretrained=pretrained, **timm_kwargs))
 
     @classmethod
     def from_open_clip(cls, name: str, *, pretrained: str | None = None, **kwargs: Any) -> "HookedViT":
@@ -107,10 +110,12 @@ class HookedViT(HookedRootModule):
             name: open_clip's name, such as ``"ViT-B-16"``.
             pretrained: Tag or path of its weights, such as ``"laion2b_s34b_b88k"``.
             **kwargs: Passed to ``open_clip.create_model``.
-        """
-        import open_clip
 
-        return cls(open_clip.create_model(name, pretrained=pretrained, **kwargs).eval())
+        Raises:
+            UnknownNameError: If open_clip has no such model or weights; the message has near matches.
+            InputError: If the weights cannot be loaded.
+        """
+        return cls(create_open_clip(name, pretrained=pretrained, **kwargs))
 
     # Running -------------------------------------------------------------------------------------------
 
@@ -313,11 +318,21 @@ class HookedViT(HookedRootModule):
         """Return where components are read for maps over source tokens: attention at ``hook_v``, by head."""
         return reading.token_points(self._tower, by)
 
-    def token_grid(self, images: Float[Tensor, "batch channel height width"]) -> TokenGrid:
-        """Return which pixels of the images each token stands for."""
-        rows, columns = self._tower.patch_grid(images.shape[2], images.shape[3])
-        height, width = self._tower.patch_size
-        return TokenGrid(rows, columns, (rows * height, columns * width), self._tower.prefix)
+    def token_grid(
+        self, images: Float[Tensor, "batch channel height width"], hook: str = "hook_patch_embed"
+    ) -> TokenGrid:
+        """Return which pixels of the images each token stands for.
+
+        Args:
+            images: A batch, of which only the size matters.
+            hook: At which hook; models with stages have larger tokens in later ones.
+        """
+        return self._tower.grid_at(hook, images.shape[2], images.shape[3])
+
+    @property
+    def stages(self) -> tuple[range, ...]:
+        """The numbers of the blocks of each stage: one stage, unless the model merges tokens between blocks."""
+        return self._tower.stages or (range(len(self.hooked_blocks)),)
 
     @property
     def parameter_names(self) -> dict[int, str]:
@@ -400,6 +415,11 @@ class HookedViT(HookedRootModule):
             mlp_input: Whether to include that block's attention.
             include_mlp_biases: Whether to include MLPs.
         """
+        if len(self.stages) > 1:
+            raise InputError(
+                "The residual stream of this model has another width in each stage, so that biases of different stages "
+                "cannot be added up. decompose has them as components."
+            )
         total = torch.zeros(self.cfg.d_model, device=self._weight.device, dtype=self._weight.dtype)
         for number, block in enumerate(self.hooked_blocks[: layer + mlp_input]):
             for attn in block.attentions.values():

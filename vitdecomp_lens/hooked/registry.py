@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from vitdecomp_lens.components import TokenGrid
 from vitdecomp_lens.errors import UnsupportedModelError
 from vitdecomp_lens.hooked.blocks import HookedBlock
 
@@ -49,6 +50,9 @@ class Tower:
             representation is the output.
         constant_query: Whether the attention pool's query, if there is a pool, is a learned constant.
         pooled: Whether ``ln_final`` acts on pooled tokens.
+        stages: Numbers of the blocks of each stage, where tokens are merged between stages.
+        grid_of: From a hook name, and height and width of an image, to the tokens of the value there, where they
+            are not the same everywhere.
     """
 
     module: nn.Module
@@ -61,6 +65,15 @@ class Tower:
     weights_out: Callable[[], tuple[Any, Any]] | None = None
     constant_query: bool = True
     pooled: bool = False
+    stages: tuple[range, ...] = ()
+    grid_of: Callable[[str, int, int], TokenGrid] | None = None
+
+    def grid_at(self, hook: str, height: int, width: int) -> TokenGrid:
+        """Return which pixels of an image each token stands for of the value at a hook."""
+        if self.grid_of is not None:
+            return self.grid_of(hook, height, width)
+        rows, columns = self.patch_grid(height, width)
+        return TokenGrid(rows, columns, (rows * self.patch_size[0], columns * self.patch_size[1]), self.prefix)
 
 
 class Adapter(ABC):
@@ -87,6 +100,10 @@ AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 _BUILT_IN = {
     "timm.models.vision_transformer:VisionTransformer": "vitdecomp_lens.hooked.timm_vit",
     "timm.models.deit:VisionTransformerDistilled": "vitdecomp_lens.hooked.timm_vit",
+    "timm.models.swin_transformer:SwinTransformer": "vitdecomp_lens.hooked.timm_swin",
+    "timm.models.vision_transformer_relpos:VisionTransformerRelPos": "vitdecomp_lens.hooked.timm_relpos",
+    "timm.models.eva:Eva": "vitdecomp_lens.hooked.timm_eva",
+    "timm.models.beit:Beit": "vitdecomp_lens.hooked.timm_beit",
     "open_clip.transformer:VisionTransformer": "vitdecomp_lens.hooked.open_clip_vit",
     "open_clip.model:CLIP": "vitdecomp_lens.hooked.open_clip_vit",
     "open_clip.model:CustomTextCLIP": "vitdecomp_lens.hooked.open_clip_vit",

@@ -33,6 +33,30 @@ def check_plain(what: str, layers: Iterable[nn.Module], around: Iterable[nn.Modu
             )
 
 
+class ParameterScale(nn.Module):
+    """LayerScale that is a plain parameter of the block, as in EVA and BEiT.
+
+    Args:
+        block: The (cloned) block. It stays the parameter's owner.
+        name: The parameter's name.
+    """
+
+    def __init__(self, block: nn.Module, name: str) -> None:
+        super().__init__()
+        self._block = (block,)  # in a tuple, so that it is not registered here too
+        self._name = name
+
+    @property
+    def gamma(self) -> Float[Tensor, "d_model"]:
+        """The scale, live."""
+        gamma: Tensor = getattr(self._block[0], self._name)
+        return gamma
+
+    def forward(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
+        """Scale what the branch adds."""
+        return self.gamma * x
+
+
 class Tail:
     """The modules between a branch's last linear layer and the residual stream.
 
@@ -60,6 +84,11 @@ class Tail:
                 gamma = _gamma(module)
                 weights = weights if gamma is None else weights * gamma
         return weights
+
+    @classmethod
+    def of_parameter(cls, block: nn.Module, name: str) -> "Tail":
+        """Make the tail of a block whose LayerScale is a parameter, or None where it has none."""
+        return cls() if getattr(block, name) is None else cls(ParameterScale(block, name))
 
 
 def _gamma(module: nn.Module) -> Tensor | None:

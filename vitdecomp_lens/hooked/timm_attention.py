@@ -1,5 +1,6 @@
 """timm's attention modules with hook points."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,6 +66,10 @@ class TimmPackedAttention(PackedAttention):
         """``proj`` and its dropout."""
         return self.core.proj, self.core.proj_drop  # type: ignore[return-value]
 
+    def project_in(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_qkv"]:
+        """Apply ``qkv``."""
+        return self.core.qkv(x)  # type: ignore[operator]
+
     def norm_qk(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Apply QK-norm."""
         return self.core.q_norm(q), self.core.k_norm(k)  # type: ignore[operator]
@@ -78,14 +83,23 @@ class TimmPackedAttention(PackedAttention):
         return self.core.proj_drop(self.core.proj(z.flatten(2)))  # type: ignore[operator]
 
 
-class TimmAttention(TimmPackedAttention):
-    """timm's ``Attention``, with its QK-norm, inner norm and gate where present."""
+class TimmPlainAttention(TimmPackedAttention):
+    """An attention module of timm's with nothing between mixing and projection."""
 
     def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
         """Queries, keys and values."""
-        qkv = self.core.qkv(x).unflatten(-1, (3, self.heads, -1))  # type: ignore[operator]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.project_in(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
+
+    def finish_heads(
+        self, z: Float[Tensor, "batch token head d_head"], x: Float[Tensor, "batch token d_model"]
+    ) -> Float[Tensor, "batch token head d_head"]:
+        """Return the heads' outputs as they are."""
+        return z
+
+
+class TimmAttention(TimmPlainAttention):
+    """timm's ``Attention``, with its QK-norm, inner norm and gate where present."""
 
     def finish_heads(
         self, z: Float[Tensor, "batch token head d_head"], x: Float[Tensor, "batch token d_model"]
@@ -98,6 +112,24 @@ class TimmAttention(TimmPackedAttention):
         if gate is not None:
             z = z * gate(x).sigmoid()  # type: ignore[operator]
         return z.unflatten(-1, (self.heads, -1))
+
+
+class ThreeBiases(TimmPackedAttention):
+    """The bias of ``qkv`` as EVA and BEiT have it: a parameter for queries, one for values, a constant for keys."""
+
+    @property
+    def packed_in(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of ``qkv``."""
+        core = self.core
+        parts = (core.q_bias, core.k_bias, core.v_bias)
+        return core.qkv.weight, None if core.q_bias is None else torch.cat(parts)  # type: ignore[union-attr, arg-type, return-value]
+
+    def project_in(self, x: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_qkv"]:
+        """Apply ``qkv``, with the bias within the product or added to it, as the library does."""
+        weight, bias = self.packed_in
+        if bias is None:
+            return super().project_in(x)
+        return super().project_in(x) + bias if self.core.qkv_bias_separate else functional.linear(x, weight, bias)
 
 
 class TimmDiffAttention(TimmPackedAttention):
