@@ -4,7 +4,7 @@ import json
 import logging
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
@@ -121,6 +121,11 @@ def test_weights_of_a_file_are_not_perturbed_and_have_no_stated_licence(monkeypa
         (["verify", "ViT-B-16", "--open-clip", "--pretrained"], "--pretrained TAG, such as --pretrained openai"),
         (["verify", "ViT-B-16", "--open-clip", "--num-classes", "3"], "a CLIP has none"),
         (["verify", "test_vit", "--pretrained", "--weights", "w"], "give one of them"),
+        (["verify", "ViT-B-16"], "open_clip has a model of that name: add --open-clip."),
+        (
+            ["explain", "a.jpg", "--model", "test_vit", "--class", "-1"],
+            "no class -1; there are 1000, numbered from 0 to",
+        ),
         (["verify", "test_resnet"], "There is no adapter for timm.models.resnet:ResNet"),
         (["explain", "none.jpg", "--model", "test_vit", "--class", "tensh"], "did you mean 'tench'"),
         (["explain", "none.jpg", "--model", "test_vit", "--class-names", "none.txt"], "class names cannot be read"),
@@ -134,6 +139,26 @@ def test_a_request_that_cannot_be_carried_out_is_an_error_of_one_line(arguments,
     assert message in printed.err
     assert printed.err.splitlines()[-1].startswith("Error: ")
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("arguments", [["verify", "ViT-B-61"], ["explain", "a.jpg", "--model", "ViT-B-16"]])
+def test_open_clip_is_named_only_where_it_has_the_model_and_the_command_takes_it(arguments, capsys):
+    assert main(arguments) == 2
+    assert "--open-clip" not in capsys.readouterr().err
+
+
+def test_an_adapter_is_called_the_nearest_only_where_it_is_near(capsys):
+    assert main(["verify", "test_resnet"]) == 2
+    printed = capsys.readouterr().err
+    assert "There is no adapter for timm.models.resnet:ResNet. Register one" in printed
+    assert "nearest" not in printed
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"vitdecomp-lens {version('vitdecomp-lens')}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["verify"], ["explain", "a.jpg"], ["verify", "test_vit", "--images", "0"]])
@@ -303,6 +328,19 @@ def test_a_folder_that_cannot_be_written_is_our_error(photographs, tmp_path, cap
     (tmp_path / "file").write_text("in the way")
     assert main(["explain", photographs[0], "--model", "test_vit", "--out", str(tmp_path / "file" / "out")]) == 2
     assert "Choose another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_file_in_place_of_the_folder_is_said_before_a_model_is_loaded(inside, tmp_path, capsys, monkeypatch):
+    def load(*_args, **_options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(cli, "_model", load)
+    (tmp_path / "afile").write_text("in the way")
+    out = tmp_path / "afile" / "out" if inside else tmp_path / "afile"
+    assert main(["explain", "a.jpg", "--model", "test_vit", "--out", str(out)]) == 2
+    assert f"Error: --out must be a folder; '{tmp_path / 'afile'}' is a file." in capsys.readouterr().err
+    assert (tmp_path / "afile").read_text() == "in the way"
 
 
 def test_names_of_pictures_are_harmless_and_differ():

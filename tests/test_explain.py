@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from labelled_samples import as_users_run_it
+from matplotlib.text import Text
 from PIL import Image, ImageOps
 from real_data import MODEL, PHOTOGRAPHS, WEIGHTS, needs_real_data, true_class
 from rich.console import Console
@@ -22,7 +24,7 @@ from vitdecomp_lens.class_names import ClassNames
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError
 from vitdecomp_lens.explain import Explainer, explain, open_upright
 from vitdecomp_lens.explanation import Explanation, Heatmap, printable
-from vitdecomp_lens.pictures import save_picture
+from vitdecomp_lens.pictures import _Drawing, save_picture
 from vitdecomp_lens.weights import create_timm, load_weights
 
 
@@ -253,11 +255,20 @@ def test_a_class_that_is_not_one_is_refused():
     names = ClassNames.of(1000)
     with pytest.raises(UnknownNameError, match=r"Several classes are called 'crane': 134 \(crane\), 517 \(crane\)"):
         names.find("crane")
-    for wanted in (1000, "1000", -1):
+    for wanted in (1000, "1000", -1, "-1"):
         with pytest.raises(UnknownNameError, match=f"no class {wanted}; there are 1000, numbered from 0 to 999"):
             names.find(wanted)
     with pytest.raises(InputError, match="index or its name; got bool"):
         names.find(True)
+
+
+def test_names_that_hold_the_word_are_suggested_first():
+    with pytest.raises(UnknownNameError, match=r"did you mean 'bald eagle' or 'american eagle' or 'beagle'"):
+        ClassNames.of(1000).find("Eagle")
+    with pytest.raises(UnknownNameError, match=r"did you mean '[\w' ]*\bshark'"):
+        ClassNames.of(1000).find("shark")
+    with pytest.raises(UnknownNameError, match=r"no class ''; there are \d+, such as"):
+        ClassNames.of(1000).find("")
 
 
 def test_classes_of_other_models_are_numbers_unless_named():
@@ -289,6 +300,44 @@ def test_the_table_has_the_scores_of_the_strongest_and_sums_of_the_rest(explanat
     assert sum(float(row[1]) for row in rows[:-1]) == pytest.approx(explanation.logit, abs=3e-3)
     assert rows[-1][:3] == ["total", f"{explanation.logit:+.3f}", "+100.0 %"]
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("by", ["layer", "head", "neuron"])
+@pytest.mark.parametrize("count", [2, 1000])
+def test_patches_prefix_and_no_token_add_up_in_every_row(model, by, count):
+    (explanation,) = explain(model, [photograph()], by=by, top=0)
+    rows = [
+        [c.strip() for c in line.split("│")[1:-1]] for line in shown(explanation, count).splitlines() if "│" in line
+    ]
+    assert len(rows) == len(explanation.strongest(count)) + 2 + (count == 2)
+    assert rows[-1][0] == "total"
+    for row in rows:
+        assert sum(float(cell or 0) for cell in row[3:6]) == pytest.approx(float(row[1]), abs=2.1e-3)
+    assert float(rows[-1][5]) == pytest.approx(explanation.elsewhere, abs=6e-4)
+    biased = [abs(one.no_token) for one in explanation.contributions if one.patches is not None]
+    assert (max(biased) > 1e-3) == (by != "head")
+
+
+def test_shares_of_what_is_nearly_zero_are_not_shown(explanation):
+    largest = max(abs(one.score) for one in explanation.contributions)
+    for share, told in ((0.049, False), (-0.049, False), (0.0, False), (0.051, True), (-0.051, True)):
+        for relative in (False, True):
+            changed = {"logit": share * largest, "relative": relative}
+            text = shown(Explanation(**{**explanation.__dict__, **changed}))
+            plain = " ".join(text.split())
+            cells = [line.split("│")[3].strip() for line in text.splitlines() if line.startswith("│")]
+            assert all((cell == "–") != told for cell in cells)
+            assert ("less than 5 % of the largest score" in plain) != told
+            assert ("--relative explains" in plain) == (not told and not relative)
+
+
+def test_a_long_name_takes_no_room_from_the_numbers(model):
+    (explanation,) = explain(model, [photograph()], class_names=[f"{'name ' * 30}{n}" for n in range(1000)], top=0)
+    said = shown(explanation).split("What writes")[0]
+    for one in explanation.predictions:
+        assert f"{100 * one.probability:.1f} %" in said
+        assert f"{one.logit:+.2f}" in said
+        assert f"({one.index})" in said
 
 
 def test_what_a_terminal_would_act_on_is_shown_as_text(model):
@@ -332,6 +381,52 @@ def test_nothing_of_a_picture_is_cut_off(model, tmp_path):
     pixels = colours_of(tmp_path / "picture.png")
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     assert (border == 1).all(), "the edges are white"
+
+
+def texts_of(explanation, size):
+    """Everything that a picture says."""
+    figure = _Drawing(explanation, photograph(*size)).figure()
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def test_a_picture_says_whether_the_model_sees_all_of_the_photograph(model):
+    for size in ((200, 160), (160, 200)):
+        (explanation,) = explain(model, [photograph(*size)], top=0)
+        assert "The model sees what is in the box" in texts_of(explanation, size)
+        inside = Explanation(**{**explanation.__dict__, "seen": (0.0, 0.0, *map(float, size))})
+        assert "The model sees all of it" in texts_of(inside, size)
+
+
+def test_a_picture_says_what_its_scale_does_not_reach(explanation):
+    values = torch.full((30, 30), 0.01, dtype=torch.float64)
+    values[3, 4] = -0.87
+    for one, beyond in ((values, True), (torch.full_like(values, 0.01), False)):
+        changed = Explanation(**{**explanation.__dict__, "heatmap": Heatmap("all", one), "top": ()})
+        assert ("(largest: −0.87)" in texts_of(changed, (200, 160))) == beyond
+        assert ("largest" in texts_of(changed, (200, 160))) == beyond
+
+
+def test_a_picture_says_what_has_no_map_and_how_large_each_map_is(explanation):
+    said = texts_of(explanation, (200, 160))
+    assert "Without maps: MLPs are read at CLS only; constants come from no token" in said
+    for one in explanation.top:
+        largest = max(one.values.flatten().tolist(), key=abs)
+        assert f"largest patch {largest:+.3f}".replace("-", "−") in said
+    read = tuple(replace(one, patches=1.0) if one.kind == "mlp" else one for one in explanation.contributions)
+    changed = Explanation(**{**explanation.__dict__, "contributions": read})
+    assert "Without maps: constants come from no token" in texts_of(changed, (200, 160))
+
+
+def test_a_landscape_leaves_no_blank_band_above_the_maps(model, tmp_path):
+    (explanation,) = explain(model, [photograph(416, 256)], top=5)
+    save_picture(explanation, photograph(416, 256), tmp_path / "picture.png")
+    left = colours_of(tmp_path / "picture.png")[:, :800]
+    blank, longest = (left == 1).all(axis=(1, 2)), 0
+    run = 0
+    for row in blank:
+        run = run + 1 if row else 0
+        longest = max(longest, run)
+    assert longest < 0.6 * 150, "of 150 pixels an inch"
 
 
 def test_formulas_and_foreign_scripts_in_names_are_drawn_as_they_are(model, tmp_path):

@@ -1,9 +1,13 @@
 """Names of classes: ImageNet's, which timm carries, or one's own; and finding a class by what somebody calls it."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
+
+SUGGESTED = 5
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,13 @@ class ClassNames:
 
 def _suggested(wanted: str, known: Iterable[str]) -> str:
     """As `near_matches`, but names that hold what is wanted as a word come first, the shortest before."""
-    known = list(known)
+    known = [name for name in known if "," not in name] or list(known)  # synonyms one by one
     word = re.compile(rf"(?<!\w){re.escape(wanted)}(?!\w)")
     holding = sorted((name for name in known if word.search(name)), key=len)[:SUGGESTED] if wanted else []
-    near = [name for name in close_names(wanted, known) if name not in holding][: SUGGESTED - len(holding)]
-    return f"did you mean {' or '.join(map(repr, [*holding, *near]))}?" if holding else near_matches(wanted, known)
+    if not holding:
+        return near_matches(wanted, known)
+    near = get_close_matches(wanted, sorted(set(known) - set(holding)), n=SUGGESTED - len(holding) or 1)
+    return f"did you mean {' or '.join(map(repr, [*holding, *near][:SUGGESTED]))}?"
 
 
 def _plain(name: str) -> str:

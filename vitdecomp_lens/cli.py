@@ -7,10 +7,12 @@ is not supported or a photograph could not be explained, 2 if the request cannot
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +22,7 @@ from torch import nn
 
 from vitdecomp_lens import weights
 from vitdecomp_lens.certificate import WIDTH
-from vitdecomp_lens.errors import InputError, VitDecompError
+from vitdecomp_lens.errors import InputError, UnknownNameError, VitDecompError
 from vitdecomp_lens.explain import Explainer
 from vitdecomp_lens.explanation import FORMAT, VERSION, Explanation, printable
 from vitdecomp_lens.hooked import HookedViT
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vitdecomp-lens", description=__import__("vitdecomp_lens").__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('vitdecomp-lens')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser(
         "verify",
@@ -134,13 +137,27 @@ def _model(name: str, options: argparse.Namespace, *, open_clip: bool = False) -
         if isinstance(options.pretrained, str):
             name = f"{name.partition('.')[0]}.{options.pretrained}"
         classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
-        model = weights.create_timm(name, pretrained=bool(options.pretrained), **classes)
+        try:
+            model = weights.create_timm(name, pretrained=bool(options.pretrained), **classes)
+        except UnknownNameError as error:
+            raise UnknownNameError(f"{error}{_open_clip_hint(options)}") from error
     if options.weights:
         weights.load_weights(model, options.weights)
         return model, f"the file {printable(Path(options.weights).name)}"
     if options.pretrained:
         return model, f"{'open_clip' if open_clip else 'timm'}'s, pretrained"
     return model, "initial values"
+
+
+def _open_clip_hint(options: argparse.Namespace) -> str:
+    """What to add to the message that timm has no such model, where the command takes models of open_clip too."""
+    if not hasattr(options, "open_clip"):
+        return ""
+    import open_clip
+
+    if options.name not in open_clip.list_models():
+        return ""
+    return " open_clip has a model of that name: add --open-clip."
 
 
 def _licence(model: nn.Module, options: argparse.Namespace) -> str:
@@ -198,6 +215,7 @@ def _say_error(errors: Console, error: VitDecompError) -> None:
 
 def _explain(options: argparse.Namespace, errors: Console) -> int:
     tables, draws, count = _tables(), can_draw(), len(options.photographs)
+    _check_folder(options.out)
     names = PictureNames(options.out)
     failed = 0
     with _progress(errors, "loading") as (progress, task):
@@ -220,6 +238,13 @@ def _explain(options: argparse.Namespace, errors: Console) -> int:
     if not draws:
         errors.print(Text(INSTALL), soft_wrap=True)
     return 1 if failed else 0
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a place in which no folder can be made, before anything is computed."""
+    nearest = next((path for path in (out, *out.parents) if os.path.exists(path)), out)
+    if os.path.exists(nearest) and not nearest.is_dir():
+        raise InputError(f"--out must be a folder; {str(nearest)!r} is a file. Choose another place.")
 
 
 class ExplanationsFile:

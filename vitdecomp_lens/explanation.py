@@ -209,7 +209,7 @@ class Explanation:
         # A long name of a class must not take the room of the numbers.
         table.add_column("probability", justify="right", no_wrap=True, min_width=11)
         table.add_column("logit", justify="right", no_wrap=True, min_width=6)
-        table.add_column("class", overflow="ellipsis", no_wrap=True)
+        table.add_column("class")
         for one in self.predictions:
             style = "bold" if one.index == self.index else ""
             cells = (f"{100 * one.probability:.1f} %", f"{one.logit:+.2f}", f"{printable(one.name)} ({one.index})")
@@ -277,12 +277,16 @@ def _row(label: str, several: list[Contribution], whole: float | None) -> tuple[
     style = "green" if score > 0 else "red"
     return (
         Text(label),
-        Text(f"{score:+.3f}", style=style),
+        Text(_fine(score), style=style),
         Text("–" if share is None else f"{100 * share:+.1f} %"),
-        Text(f"{patches:+.3f}" if tokened else ""),
-        Text(f"{prefix:+.3f}" if tokened else ""),
-        Text(f"{score - patches - prefix:+.3f}"),
+        Text(_fine(patches) if tokened else ""),
+        Text(_fine(prefix) if tokened else ""),
+        Text(_fine(score - patches - prefix)),
     )
+
+
+def _fine(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # adding 0.0 takes the sign off a rounded zero
 
 
 def _cells(pixels: int, start: float, end: float, cells: int) -> Tensor:

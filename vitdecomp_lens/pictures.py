@@ -22,7 +22,10 @@ FADED = 0.62  # how much of the photograph's contrast is left below a map
 SATURATED = 99.5  # percentile of the scores that the scale ends at
 LARGEST = 1200  # pixels of a photograph's longer side that are drawn
 COLUMNS = 5
-WIDTH, MARGIN = 11.0, 0.9  # inches
+WIDTH, MARGIN = 11.0, 0.65  # inches
+PHOTOGRAPH = 3.3  # inches that a photograph is wide, unless it is high
+SHORTEST = 1.8  # inches that the rows of bars need
+NAMED = {"mlp": "MLPs", "neuron": "neurons"}
 GREY, OUTLINE = "0.35", "#f2b134"
 
 
@@ -89,11 +92,11 @@ class _Drawing:
 
     def _panel_height(self) -> float:
         width, height = self.explanation.size
-        return float(np.clip(3.4 * height / width, 2.4, 4.6))
+        return float(np.clip(PHOTOGRAPH * height / width, SHORTEST, 4.6))
 
     def _map_height(self) -> float:
         left, top, right, bottom = self.explanation.seen
-        return float(np.clip(1.9 * (bottom - top) / (right - left), 1.0, 3.5)) + 0.4
+        return float(np.clip(1.9 * (bottom - top) / (right - left), 1.0, 3.5)) + 0.55
 
     # Texts ------------------------------------------------------------------------------------------------
 
@@ -111,20 +114,37 @@ class _Drawing:
         parts = [f"patches: {_signed(one.on_patches)}", *prefix, f"no token: {_signed(one.elsewhere)}"]
         return textwrap.fill(" · ".join(parts), 52, max_lines=3, placeholder=" …")
 
+    def _sees(self) -> str:
+        """Whether the model sees all of the photograph, but for less than a pixel."""
+        (width, height), (left, top, right, bottom) = self.explanation.size, self.explanation.seen
+        whole = left < 1 and top < 1 and right > width - 1 and bottom > height - 1
+        return "The model sees all of it" if whole else "The model sees what is in the box"
+
+    def _without_map(self) -> str:
+        """Which components have no map, whatever they write, and why."""
+        contributions, prefix = self.explanation.contributions, self.explanation.prefix
+        of = {kind: [c.patches for c in contributions if c.kind == kind] for kind in NAMED}
+        # Only where no component of the kind read a patch: what is small has a map, if a pale one.
+        kinds = [NAMED[kind] for kind, read in of.items() if read and all(patches == 0 for patches in read)]
+        tokens = next(iter(prefix)) if len(prefix) == 1 else "prefix tokens"
+        told = [f"{' and '.join(kinds)} are read at {tokens} only"] if kinds and prefix else []
+        return f"Without maps: {'; '.join([*told, 'constants come from no token'])}"
+
     # Panels -----------------------------------------------------------------------------------------------
 
     def _draw_overview(self, part: Any) -> None:
-        photograph, evidence, bars = part.subplots(1, 3, width_ratios=[1, 1, 0.95])
+        photograph, evidence, bars = part.subplots(1, 3, width_ratios=[1, 1, 0.75])
         self._show(photograph, self.photograph)
         self._outline(photograph)
         name = textwrap.fill(printable(Path(self.explanation.image).name), 44, max_lines=2, placeholder=" …")
-        _label(photograph, "What the model sees", name)
+        _label(photograph, self._sees(), name)
         self._show(evidence, self.grey, cmap="gray", vmin=0, vmax=255)
         self._outline(evidence)
         heatmap = self.explanation.heatmap
-        drawn = self._overlay(evidence, heatmap, _scale([heatmap]))
+        scale = _scale([heatmap])
+        drawn = self._overlay(evidence, heatmap, scale)
         _label(evidence, "Where the logit comes from, all components", self._places())
-        _colour_bar(part, drawn, cax=evidence.inset_axes((1.03, 0, 0.045, 1)))
+        _colour_bar(part, drawn, _beyond([heatmap], scale), cax=evidence.inset_axes((1.03, 0, 0.045, 1)))
         self._draw_bars(bars)
 
     def _draw_bars(self, axes: Any) -> None:
@@ -170,9 +190,11 @@ class _Drawing:
             held = one.prefix or 0.0
             prefix = f", {_signed(held)} of it from {source}" if abs(held) >= 0.005 else ""
             axes.set_title(printable(one.component), fontsize=9, fontweight="bold", parse_math=False)
-            axes.set_xlabel(f"{_signed(one.score)}{prefix}", fontsize=7.5, color=GREY)
-        part.suptitle("Components that write most from patches, on one scale", fontsize=10, color="0.2")
-        _colour_bar(part, drawn, ax=list(grid.flat), shrink=0.9, pad=0.02, aspect=22 * rows / 2)
+            largest = f"largest patch {_largest([maps[place]]):+.3f}".replace("-", "−")
+            axes.set_xlabel(f"{_signed(one.score)}{prefix}\n{largest}", fontsize=7.5, color=GREY)
+        heading = "Components that write most from patches, on one scale"
+        part.suptitle(f"{heading}\n{self._without_map()}", fontsize=10, color="0.2")
+        _colour_bar(part, drawn, _beyond(maps, scale), ax=list(grid.flat), shrink=0.9, pad=0.02, aspect=22 * rows / 2)
 
     def _show(self, axes: Any, picture: Any, **options: Any) -> None:
         width, height = self.explanation.size
@@ -216,14 +238,26 @@ def _scale(maps: Sequence[Heatmap]) -> float:
     return max(float(np.percentile(sizes, SATURATED)), 1e-12)
 
 
-def _colour_bar(part: Any, drawn: Any, **where: Any) -> None:
+def _largest(maps: Sequence[Heatmap]) -> float:
+    """The score of the patch that writes most, in either direction."""
+    values = np.concatenate([one.values.numpy().ravel() for one in maps])
+    return float(values[np.abs(values).argmax()])
+
+
+def _beyond(maps: Sequence[Heatmap], scale: float) -> str:
+    """What to say of the largest score where the scale does not reach it."""
+    largest = _largest(maps)
+    return f"\n(largest: {_signed(largest)})" if abs(largest) > scale * 1.01 else ""
+
+
+def _colour_bar(part: Any, drawn: Any, beyond: str, **where: Any) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.ticker import MaxNLocator
 
     # Of the colours as they are without the opacity of a map.
     bar = part.colorbar(ScalarMappable(drawn.norm, drawn.cmap), extend="both", ticks=MaxNLocator(5), **where)
     bar.ax.tick_params(labelsize=7.5)
-    bar.set_label("logit a patch", fontsize=8)
+    bar.set_label(f"logit a patch{beyond}", fontsize=8)
     bar.outline.set_visible(False)
 
 

@@ -150,7 +150,7 @@ def find_adapter(module: nn.Module) -> Adapter:
     """Return the adapter of a module's class, or of the nearest parent whose ``forward`` it keeps.
 
     Raises:
-        UnsupportedModelError: If there is none; the message names the nearest one.
+        UnsupportedModelError: If there is none; the message names one that is near.
     """
     _refuse_patched(module, "model")
     for cls in type(module).__mro__:
@@ -161,9 +161,10 @@ def find_adapter(module: nn.Module) -> Adapter:
             return _ADAPTERS[name]()
     known = sorted({*_BUILT_IN, *_ADAPTERS})
     shown = f"{type(module).__module__}:{type(module).__qualname__}"
-    nearest = get_close_matches(shown, known, n=1, cutoff=0.0)[0]
+    # Names share much by being dotted: one less alike is of another kind of model.
+    nearest = "".join(f"; the nearest is for {name}" for name in get_close_matches(shown, known, n=1, cutoff=0.8))
     raise UnsupportedModelError(
-        f"There is no adapter for {shown}; the nearest is for {nearest}. Register one with register_adapter, or "
+        f"There is no adapter for {shown}{nearest}. Register one with register_adapter, or "
         f"decompose the module as it is: vitdecomp_lens.trace works for any module."
     )
 
