@@ -77,7 +77,10 @@ BAD_DIRECTIONS = {
         r"directions as a floating tensor \[direction, 32\]; got a tensor of torch\.int64\. Convert them",
     ),
     "no_tensor": ([0.5] * 32, r"directions as a floating tensor \[direction, 32\]; got list\."),
-    "nan": (torch.full((1, 32), torch.nan), r"Expected finite directions; direction 0 of 1 has NaN or infinite entries\. Check how"),
+    "nan": (
+        torch.full((1, 32), torch.nan),
+        r"Expected finite directions; direction 0 of 1 has NaN or infinite entries\. Check how",
+    ),
     "none_at_all": (torch.rand(0, 32), rf"{DIRECTIONS} \(0, 32\)\."),
 }
 
