@@ -5,10 +5,11 @@ parameter is moved off its initial value, so that norms, LayerScale, biases and 
 `SIZES` has the image size of each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import open_clip
+import pytest
 import timm
 import torch
 from open_clip.transformer import QuickGELU
@@ -231,6 +232,43 @@ TINY_MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 SIZES = {"timm_test_vit": 160, "open_clip_timm": 160}
+
+
+# One of each kind. What is slow runs over these by default, and over all with ``-m sweep``.
+ONE_OF_EACH_KIND = frozenset(
+    [
+        "class_token",
+        "mean_pool_with_class_token",
+        "siglip",
+        "distilled",
+        "dinov2_reg",
+        "swiglu",
+        "qk_norm",
+        "inner_norms",
+        "gated_attention",
+        "post_norm",
+        "parallel_scaling",
+        "parallel_things",
+        "diff_attention",
+        "rms_norm",
+        "hybrid",
+        "eva_post_norm",
+        "eva02",
+        "dinov3",
+        "beit",
+        "relpos_table",
+        "open_clip",
+        "open_clip_pooler",
+        "open_clip_custom_all",
+        "open_clip_tokens_first",
+        "open_clip_whole",
+    ]
+)
+
+
+def swept(names: Iterable[str]) -> list:
+    """Names as parameters of a slow test: those that are not one of each kind belong to the sweep."""
+    return [pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.sweep) for name in sorted(names)]
 
 
 def images_for(name: str, batch: int = 3, *, seed: int = 1) -> torch.Tensor:
