@@ -113,13 +113,13 @@ def capture(
         elif name in reads:
             kept[name] = program.keep(name, value) if shelf is None else put(program.part(name, value))
         if name == root:
-            seen[:] = [value]
+            seen[:] = [value.flatten(1).clone()]  # often a row of all tokens' values; a later hook may write in place
         leaves.meet(name, value)
 
     met = {*reads, *at_once, *leaves.points, *([root] if root else [])}
     with _listening(points, met, keep, changed, keep_before):
         output = run(images)
-    total = (output if root is None else seen[0]).flatten(1).clone()  # often a row of all tokens' values
+    total = output.flatten(1).clone() if root is None else seen[0]
     return Captured(kept, leaves.all_read(), total)
 
 
@@ -204,8 +204,8 @@ def kept_size(graph: FrozenGraph, program: CompiledCut, reads: Iterable[str]) ->
     """How many numbers a run keeps of one image."""
     size = sum(leaf.size for leaf in program.leaves)
     for name in reads:
-        shape = list(sizes(graph.points[name])[1:])
+        shape = list(sizes(graph.points[name]))
         if (rows := program.kept_rows(name)) is not None:
-            shape[rows[0] - 1] = rows[2]
-        size += math.prod(shape)
+            shape[rows[0]] = rows[2]
+        size += math.prod(shape) // sizes(graph.images)[0]  # windows may be folded behind the batch
     return size

@@ -207,7 +207,7 @@ def _piece(batch_size: int | None, images: Tensor, bytes_of_one: int) -> int:
         return -(-len(images) // -(-len(images) // most))  # even pieces
     if batch_size < 1:
         raise InputError(f"batch_size= must be at least 1; got {batch_size}. Leave it out to have it chosen.")
-    return batch_size
+    return min(batch_size, len(images))
 
 
 def refuse_too_large(shape: tuple[int, ...], dtype: torch.dtype, max_bytes: int, axes: str) -> None:

@@ -60,7 +60,8 @@ def through_pattern(
     keys = sizes(node.args[2] if len(node.args) > 2 else node.args[1])[2]  # type: ignore[arg-type]
     rows = read.stop - read.start
     if few := rows < d_head:  # then the pattern's rows are less to keep than queries and keys
-        slots = [_leaf_of_rows(on, operands, rows_of, read, (batch, heads, rows, keys))]
+        shape = (batch, heads, rows, keys)
+        slots = [_leaf_of_rows(on, operands, f"rows {read} of {node.name}", rows_of, read, shape)]
     else:
         slots = [_leaf_or_constant(on, operand) for operand in operands]
 
@@ -88,7 +89,12 @@ def _leaf_or_constant(on: Adjoint, operand: Node) -> int:
 
 
 def _leaf_of_rows(
-    on: Adjoint, operands: Sequence[Node], rows_of: Callable[..., Tensor], read: slice, shape: Sequence[int]
+    on: Adjoint,
+    operands: Sequence[Node],
+    what: str,
+    rows_of: Callable[..., Tensor],
+    read: slice,
+    shape: Sequence[int],
 ) -> int:
     constants = [None if n in on.live else aligned(on.value(n), 4) for n in operands]
 
@@ -96,7 +102,7 @@ def _leaf_of_rows(
         several = iter(values)
         return rows_of(read, *(next(several) if constant is None else constant for constant in constants))
 
-    return on.tape.leaf(tuple(n for n in operands if n in on.live), f"rows {read}", rows, shape)
+    return on.tape.leaf(tuple(n for n in operands if n in on.live), what, rows, shape)
 
 
 def _read_rows(a: Tensor) -> slice:
