@@ -116,6 +116,16 @@ def influence_of_a_pixel(model, images, hook, row, column):
     return changed.flatten(2).abs().sum((0, 2)).nonzero()[:, 0].tolist()
 
 
+def check_places(model, images, hook, pixels):
+    """Each pixel shows at one token, whose rectangle holds it."""
+    grid = model.token_grid(images, hook)
+    for row, column in pixels:
+        (token,) = influence_of_a_pixel(model, images, hook, row, column)
+        top, left, bottom, right = grid.rectangle(token)
+        assert top <= row < bottom
+        assert left <= column < right
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_value_stands_where_its_patch_is_whatever_the_windows(name):
     """In block 1 (shifted), values of the first stage: one pixel moves the value of the one token that holds it.
@@ -125,13 +135,8 @@ def test_a_value_stands_where_its_patch_is_whatever_the_windows(name):
     model, images = model_and_images(name)
     silent = [(f"blocks.0.{branch}", lambda value, hook: value * 0) for branch in ("hook_attn_out", "hook_mlp_out")]
     hook = "blocks.1.attn.hook_v"
-    grid = model.token_grid(images, hook)
     with model.hooks(silent):
-        for row, column in [(0, 0), (3, 9), (images.shape[2] - 1, images.shape[3] - 1), (13, 2)]:
-            (token,) = influence_of_a_pixel(model, images, hook, row, column)
-            top, left, bottom, right = grid.rectangle(token)
-            assert top <= row < bottom
-            assert left <= column < right
+        check_places(model, images, hook, [(0, 0), (3, 9), (images.shape[2] - 1, images.shape[3] - 1), (13, 2)])
 
 
 @pytest.mark.parametrize("name", ["windows_divide", "padded_one_way", "merging_pads"])
@@ -144,13 +149,8 @@ def test_a_token_of_a_merged_stage_stands_for_the_pixels_that_reach_it(name):
         for branch in ("hook_attn_out", "hook_mlp_out")
     ]
     hook = f"blocks.{first}.hook_resid_pre"
-    grid = model.token_grid(images, hook)
     with model.hooks(silent):
-        for row, column in [(0, 0), (7, 18), (images.shape[2] - 1, images.shape[3] - 1)]:
-            (token,) = influence_of_a_pixel(model, images, hook, row, column)
-            top, left, bottom, right = grid.rectangle(token)
-            assert top <= row < bottom
-            assert left <= column < right
+        check_places(model, images, hook, [(0, 0), (7, 18), (images.shape[2] - 1, images.shape[3] - 1)])
 
 
 @pytest.mark.parametrize("name", ["windows_divide", "padded_both_ways", "merging_pads"])

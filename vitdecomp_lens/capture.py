@@ -51,9 +51,9 @@ class Shelf:
         self._memory, self._used = torch.empty(size, dtype=dtype, device=device), 0
 
     def put(self, value: Tensor) -> Tensor:
-        """A copy here; the value itself where it is of another kind, or does not fit."""
+        """A copy here; elsewhere where it is of another kind, or does not fit."""
         if not value.is_floating_point() or self._used + value.numel() > len(self._memory):
-            return value
+            return value.clone()
         place = self._memory[self._used : self._used + value.numel()].view(value.shape)
         self._used += value.numel()
         return place.copy_(value)
@@ -97,7 +97,7 @@ def capture(
     at_once = at_once or {}
     kept: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
-    put = (lambda value: value) if shelf is None else shelf.put
+    put = torch.clone if shelf is None else shelf.put  # a later hook may write in place
     leaves = _Leaves(graph, program, images, put)
     root = next((name for name, node in graph.points.items() if node is graph.root), None)
     seen: list[Tensor] = []

@@ -55,8 +55,8 @@ class CompiledCut(ABC):
         return value if rows is None else value.narrow(*rows)
 
     def keep(self, point: str, value: Tensor) -> Tensor:
-        """A copy of the part of a point's value that some path reads, so that the rest is freed."""
-        return value if self.kept_rows(point) is None else self.part(point, value).clone()
+        """A copy of that part: the rest is freed, and a later hook may write in place."""
+        return self.part(point, value).clone()
 
     @abstractmethod
     def weights(self, read: Mapping[Leaf, Any], batch: int) -> Any:
@@ -106,9 +106,9 @@ class CompiledCut(ABC):
         return False
 
     def unweighted(self, point: str, value: Tensor, out: Float[Tensor, "split batch token direction"]) -> None:
-        """Write what a point's whole value gives before it is weighted: all that needs its value."""
+        """Write what the part of a value gives before it is weighted. Only where `weighs_last`."""
         raise NotImplementedError
 
     def weigh(self, point: str, weights: Any, out: Float[Tensor, "split batch token direction"]) -> None:
-        """Weight what `unweighted` wrote."""
+        """Weight what `unweighted` wrote. Only where `weighs_last`."""
         raise NotImplementedError
