@@ -8,6 +8,7 @@ from eager_oracle import blocks_of, contribution, representation, value_scores
 from tiny_models import TINY_MODELS, images_for, swept
 
 from vitdecomp_lens import HookedViT, attribute, attribute_tokens, decompose
+from vitdecomp_lens.errors import InputError
 
 UNDEFINED = {"no_pool", "open_clip_no_pool"}  # several vectors an image: of= is needed
 SLOW = {"max_pool", "gated_attention", "eva02_gated"}  # leave the fast path somewhere, and say so
@@ -258,6 +259,59 @@ def test_autocast_is_decomposed_and_its_gap_only_reported():
     with torch.autocast("cpu", torch.bfloat16):
         parts = decompose(model, images)
     assert parts.gap.max() < 0.1
+
+
+def test_autocast_rounds_what_the_model_computes_and_not_what_is_read_from_it():
+    model, images = HookedViT(TINY_MODELS["class_token"]()), images_for("class_token")
+    u = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        parts, scores = decompose(model, images), attribute(model, images, u)
+    torch.testing.assert_close(scores.values, parts.project(u).values, rtol=1e-5, atol=1e-5)
+
+
+def test_a_function_may_run_the_model_once():
+    model, _, images = tiny("class_token")
+    for twice in (
+        lambda model, images: model(images) + model(images.flip(-1)),
+        lambda model, images: (model.tower.forward_features(images)[:, 0], model(images.flip(-1)))[0],
+    ):
+        with pytest.raises(InputError, match=r"ran more than once: hook_patch_embed was met twice.*by itself"):
+            decompose(model, images, of=twice)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+@pytest.mark.parametrize("of", ["representation", "embedding"])
+@pytest.mark.parametrize("name", ["class_token", "siglip", "mean_pool_with_class_token"])
+def test_gradients_of_scores_by_token_are_finite_differences(name, of, batch_size):
+    model, _, images = tiny(name)
+    u = torch.randn(2, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def score(x):  # weighs every score differently, so that no two can be exchanged
+        tokens = attribute_tokens(model, x, u, of=of, batch_size=batch_size)
+        values = torch.cat([*(block.values.flatten() for block in tokens.blocks), tokens.untokened.values.flatten()])
+        return (values**2 * torch.linspace(1, 2, len(values), dtype=values.dtype)).sum()
+
+    step = torch.randn(images.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(score(x), x)
+    found = float((gradient * step).sum())
+    moved = [float(score(images + sign * 1e-5 * step)) for sign in (1, -1)]
+    assert found == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_what_is_kept_outlives_a_later_hook_that_writes_to_it(wants_gradient):
+    model, _, images = tiny("class_token")
+    expected, seen = decompose(model, images, by="layer"), []
+    look = ("blocks.1.hook_attn_out", lambda value, hook: seen.append(value.detach()))
+
+    def overwrite(value, hook):
+        seen.pop().zero_()
+
+    with model.hooks([look, ("blocks.1.hook_resid_post", overwrite)]):
+        parts = decompose(model, images.requires_grad_(wants_gradient), by="layer")
+    assert not seen
+    torch.testing.assert_close(parts["attn.1"].detach(), expected["attn.1"])
 
 
 def test_no_gradient_is_kept_unless_the_images_want_one():

@@ -64,6 +64,18 @@ def test_what_a_hook_changes_on_the_path_is_a_component(hook, in_place):
     torch.testing.assert_close(tokens.sum_tokens()[label], scores[label])
 
 
+def test_torchs_own_pre_hook_on_a_hook_point_counts_too():
+    model, images = tiny()
+    hook = "blocks.1.hook_resid_post"
+    handle = model.hook_dict[hook].register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 1.5,))
+    parts = decompose(model, images)
+    handle.remove()
+    with model.hooks([(hook, lambda value, hook: value * 1.5)]):
+        expected = decompose(model, images)
+    torch.testing.assert_close(parts.values, expected.values)
+    assert f"intervention@{hook}" in parts
+
+
 def test_a_hook_that_only_looks_is_no_component():
     model, images = tiny()
     seen = []

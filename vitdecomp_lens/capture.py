@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.fx import Node
 from transformer_lens.hook_points import HookPoint
 
-from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf
+from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf, in_full_precision
 from vitdecomp_lens.frozen.graph import FrozenGraph
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
@@ -93,6 +94,9 @@ def capture(
         changed: Hook points whose users' changes are components.
         at_once: What to do with the value at some points, in place of keeping it.
         shelf: Where what is kept goes.
+
+    Raises:
+        InputError: If a point is met twice: nothing says which of its values is meant.
     """
     at_once = at_once or {}
     kept: dict[str, Tensor] = {}
@@ -101,23 +105,27 @@ def capture(
     leaves = _Leaves(graph, program, images, put)
     root = next((name for name, node in graph.points.items() if node is graph.root), None)
     seen: list[Tensor] = []
+    waiting = {*reads, *at_once, *leaves.points, *([root] if root else [])}
 
     def keep_before(name: str, value: Tensor) -> None:
         before[name] = value.clone()  # a hook may write in place
 
     def keep(name: str, value: Tensor) -> None:
+        if name not in waiting:
+            raise refuse_repeated(name)
+        waiting.remove(name)
         if name in changed:
             kept[name] = program.keep(name, value - before.pop(name))
         elif name in at_once:
-            at_once[name](program.part(name, value))
+            with in_full_precision(value.device):
+                at_once[name](program.part(name, value))
         elif name in reads:
             kept[name] = program.keep(name, value) if shelf is None else put(program.part(name, value))
         if name == root:
             seen[:] = [value.flatten(1).clone()]  # often a row of all tokens' values; a later hook may write in place
         leaves.meet(name, value)
 
-    met = {*reads, *at_once, *leaves.points, *([root] if root else [])}
-    with _listening(points, met, keep, changed, keep_before):
+    with _listening(points, tuple(waiting), keep, changed, keep_before):
         output = run(images)
     total = output.flatten(1).clone() if root is None else seen[0]
     return Captured(kept, leaves.all_read(), total)
@@ -154,12 +162,21 @@ class _Leaves:
         given = {self._graph.images: self._images, **{self._graph.points[n]: value for n, value in self._met.items()}}
         values = self._graph.evaluate([node for leaf in leaves for node in leaf.nodes], given)
         for leaf in leaves:
-            read = leaf.read(*(values[node] for node in leaf.nodes))
+            with in_full_precision(self._images.device):
+                read = leaf.read(*(values[node] for node in leaf.nodes))
             self._read[leaf] = self._put(read) if isinstance(read, Tensor) else read
 
     def all_read(self) -> Mapping[Leaf, Any]:
         self._compute([leaf for leaf in self._needs if leaf not in self._read])  # those that need no point
         return self._read
+
+
+def refuse_repeated(name: str) -> InputError:
+    """What to say where the model runs twice."""
+    return InputError(
+        f"The model ran more than once: {name} was met twice. Decompose each run by itself, and add up what they give:"
+        " of= may run the model once."
+    )
 
 
 @contextmanager
@@ -176,7 +193,7 @@ def _listening(
             handles.append(points[name].register_forward_hook(lambda _m, _i, value, name=name: keep(name, value)))
         for name in changed:
             listener = lambda _m, inputs, name=name: keep_before(name, inputs[0])  # noqa: E731
-            handles.append(points[name].register_forward_pre_hook(listener))
+            handles.append(points[name].register_forward_pre_hook(listener, prepend=True))  # before the user's
         yield
     finally:
         for handle in handles:

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vitdecomp_lens.capture import Captured, Shelf, capture, changed_on_the_path, kept_size
+from vitdecomp_lens.capture import Captured, Shelf, capture, changed_on_the_path, kept_size, refuse_repeated
 from vitdecomp_lens.components import By, Component, Point
 from vitdecomp_lens.coverage import Coverage
 from vitdecomp_lens.decomposable import Decomposable
 from vitdecomp_lens.errors import CapacityError, InputError, UnknownNameError, UnsupportedModelError, near_matches
-from vitdecomp_lens.frozen.compiled import CompiledCut
+from vitdecomp_lens.frozen.compiled import CompiledCut, in_full_precision
 from vitdecomp_lens.frozen.graph import FrozenGraph, wide
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.trace import Read, trace
@@ -124,6 +124,8 @@ def make_request(
     hooks = [point.hook for point in points]
     lazy = [of] if isinstance(of, str) and of in model.hook_dict else []
     graph = trace(model, images[:1], of="representation" if of == "embedding" else of, listened=[*hooks, *lazy])
+    if graph.repeated is not None:
+        raise refuse_repeated(graph.repeated)
     graph = graph.with_hooks(name for name, point in model.hook_dict.items() if is_hooked(point))
     if directions is not None:
         directions = _checked_directions(directions, sizes(graph.root)[-1], images)
@@ -193,7 +195,8 @@ def on_pieces(
             captured = capture(
                 run, piece, model.hook_dict, graph, program, kept, changed=request.changed, at_once=here, shelf=shelf
             )
-            results.append(use(first, captured))
+            with in_full_precision(images.device):
+                results.append(use(first, captured))
             if shelf is not None:
                 shelf.clear()
     return results

@@ -137,7 +137,7 @@ class TokenMaps:
     def divide(self, norm: Float[Tensor, "batch 1"]) -> None:
         """Divide all scores of an image by its norm."""
         for block in self.blocks.values():
-            block.values = block.values / norm[:, :, None]
+            block.values.div_(norm[:, :, None])
         self.untokened = self.untokened / norm
 
     def result(self, total: Tensor, names: Sequence[str] | None) -> TokenAttribution:

@@ -26,6 +26,11 @@ class Leaf:
     size: int
 
 
+def in_full_precision(device: torch.device) -> torch.autocast:
+    """A context for what is computed of a run, whatever autocast the run itself is under."""
+    return torch.autocast(device.type, enabled=False)
+
+
 class CompiledCut(ABC):
     """From the values at the points of a cut to their contributions along given directions.
 

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from vitdecomp_lens.errors import CapacityError, IncompleteCutError, UnknownNameError, VitDecompWarning, near_matches
-from vitdecomp_lens.frozen.compiled import CompiledCut
+from vitdecomp_lens.frozen.compiled import CompiledCut, in_full_precision
 from vitdecomp_lens.frozen.fingerprint import fingerprint
 from vitdecomp_lens.frozen.pairs import NoFastPathError
 from vitdecomp_lens.frozen.program import compile_cut
@@ -47,6 +47,8 @@ class FrozenGraph:
         constants: Tensors that the forward made by itself.
         owner: The graph that the nodes belong to.
         hooked: Points whose values would be constants if no hook listened there.
+        points: The node of each hook point that is met; of one that is met more than once, the last.
+        repeated: One such, if there is any.
     """
 
     nodes: tuple[Node, ...]
@@ -63,7 +65,9 @@ class FrozenGraph:
     def __post_init__(self) -> None:
         known = self.parameters.keys() | self.constants.keys()
         self.images = next(n for n in self.nodes if n.op == "placeholder" and n.name not in known)
-        self.points: dict[str, Node] = {n.args[1]: n for n in self.nodes if operation(n) == TAG}  # type: ignore[misc]
+        tagged = [(str(n.args[1]), n) for n in self.nodes if operation(n) == TAG]
+        self.points = dict(tagged)
+        self.repeated = next((name for name, node in tagged if self.points[name] is not node), None)
         self._order = {node: number for number, node in enumerate(self.nodes)}
         self.from_images = self._depending_on({self.images})
         self.live = self._depending_on({self.images, *(self.points[name] for name in self.hooked)})
@@ -312,10 +316,11 @@ class FrozenGraph:
         batch = len(images)
         with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
             values = self.evaluate([*cut.points.values(), *program.nodes], {self.images: images})
-            weights = program.weights_at(values, batch)
-            kept = {name: program.keep(name, values[node]) for name, node in cut.points.items()}
-            written = {name: value[0] for name, value in program.contributions(kept, weights, batch).items()}
-            return {**written, **dict(zip(program.constants, program.shifted(weights, batch), strict=True))}
+            with in_full_precision(images.device):
+                weights = program.weights_at(values, batch)
+                kept = {name: program.keep(name, values[node]) for name, node in cut.points.items()}
+                written = {name: value[0] for name, value in program.contributions(kept, weights, batch).items()}
+                return {**written, **dict(zip(program.constants, program.shifted(weights, batch), strict=True))}
 
 
 @dataclass

@@ -265,6 +265,8 @@ def compile_cut(
                     _merge(at.setdefault(source, []), passed, tape)
                 else:  # a constant that a hook may change
                     on.constant(name_of(source), source, passed, on.value(source))
+    if unread := [name for name in cut.points if name not in terms]:
+        raise NoFastPathError(f"nothing arrives at {unread[0]}")
     shifts = [_shifted(shift.name, shift.pairs, shift.value, tape) for shift in on.shifts]
     return Program({name: terms[name] for name in splits if name in terms}, shifts, tape, len(directions))
 
