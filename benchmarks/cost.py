@@ -5,8 +5,8 @@
 
 A round runs every kind of work once, one after the other; a ratio is the median over rounds of a work's time
 divided by the plain forward's time in the same round. "plain again" is the plain forward a second time: the
-noise. Memory is what the allocator handed out at the peak, beyond weights and the result, divided by the plain
-forward's peak. Weights are random and moved off their initial values; they do not matter for cost.
+noise. Memory is what the allocator had handed out at the peak, weights and results not counted, divided by the plain
+forward's. Weights are random and moved off their initial values; they do not matter for cost.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ MODELS = {
     "vit_base_patch14_reg4_dinov2": 2,
     "vit_base_patch16_siglip_gap_224": 8,
     "open_clip:ViT-B-16": 8,
+    "swin_base_patch4_window7_224": 4,
+    "maxvit_small_tf_224": 4,
 }
 DIRECTIONS = 100
 
@@ -51,9 +54,8 @@ def make(name: str) -> HookedViT:
 
 def image_size(model: HookedViT) -> tuple[int, ...]:
     """Channels, height and width that the model takes."""
-    original = model.original
-    size = original.image_size if hasattr(original, "image_size") else original.patch_embed.img_size
-    return (3, *size)
+    spec = model.image_spec
+    return (spec.channels, *(spec.size or (224, 224)))
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -69,34 +71,35 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return spent
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """Most memory allocated at once during a run, and what is still allocated at its end: the result."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = work()
-        torch.cuda.synchronize()
-        after = torch.cuda.memory_allocated()
-        del result
-        return torch.cuda.max_memory_allocated() - before, after - before
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Most memory that a run had allocated at once, not counting what outlives it: the result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = work()
-    kept = _result_bytes(result)
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak, kept
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+    events = [
+        e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]" and e.device_type() == kind
+    ]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+    del result  # after the recording: what is alive now is the result
+    return _peak_of_what_is_freed(sizes)
 
 
-def _result_bytes(result: object) -> int:
-    if isinstance(result, torch.Tensor):
-        return result.nbytes
-    parts = [getattr(result, name, None) for name in ("values", "total")]
-    found = sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
-    return found + (_result_bytes(result.untokened) if hasattr(result, "untokened") else 0)
+def _peak_of_what_is_freed(sizes: list[int]) -> int:
+    """The peak over allocations, and frees as negative sizes, of all that is freed in the end."""
+    waiting: dict[int, list[int]] = {}
+    freed_at: dict[int, int] = {}
+    for moment, size in enumerate(sizes):
+        if size > 0:
+            waiting.setdefault(size, []).append(moment)
+        elif waiting.get(-size):
+            freed_at[waiting[-size].pop()] = moment
+    changes = [0] * len(sizes)
+    for start, end in freed_at.items():
+        changes[start] += sizes[start]
+        changes[end] -= sizes[start]
+    return max(accumulate(changes), default=0)
 
 
 def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[str, object]:
@@ -128,7 +131,6 @@ def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[st
     ratios = {
         work: [t / p for t, p in zip(times[work], times["plain"], strict=True)] for work in works if work != "plain"
     }
-    plain_peak = memory["plain"][0] - memory["plain"][1]
     return {
         "model": name,
         "batch": batch,
@@ -136,8 +138,8 @@ def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[st
         "plain_seconds": statistics.median(times["plain"]),
         "ratio": {work: statistics.median(found) for work, found in ratios.items()},
         "spread": {work: [min(found), max(found)] for work, found in ratios.items()},
-        "plain_peak_mib": plain_peak / 2**20,
-        "memory": {work: (peak - kept) / plain_peak for work, (peak, kept) in memory.items() if work != "plain"},
+        "plain_peak_mib": memory["plain"] / 2**20,
+        "memory": {work: peak / memory["plain"] for work, peak in memory.items() if work != "plain"},
         "first_decompose_seconds": first_use,
         "first_attribute_tokens_seconds": first_tokens,
         "gap": float(parts.gap.max()),

@@ -142,7 +142,7 @@ def attribute(
     )
     scores = scores if components is not None else _without_idle_interventions(scores)
     if whole and _is_exact(images):
-        _check_scores(scores, vectors, directions)
+        _check_scores(scores, vectors.norm(dim=-1, keepdim=True), directions)
     return scores
 
 
@@ -190,17 +190,14 @@ def attribute_tokens(
     """
     request = make_request(model, images, by, of, directions, tokens=True)
     maps = TokenMaps(request, components, max_bytes)
-    vectors = torch.cat(on_pieces(request, maps.reads, maps.add, maps.at_once(), batch_size=batch_size))
-    directions = request.along
+    on_pieces(request, maps.reads, maps.add, maps.at_once(), batch_size=batch_size)
     if of == "embedding":
-        norm = vectors.norm(dim=-1, keepdim=True)
-        maps.divide(norm)
-        vectors = vectors / norm
-    scores = maps.result(vectors @ directions.T, names)
+        maps.normalize()
+    scores = maps.result(names)
     if components is None:
         scores = replace(scores, untokened=_without_idle_interventions(scores.untokened))
     if scores.complete and _is_exact(images):
-        _check_scores(scores, vectors, directions)
+        _check_scores(scores, maps.norm, request.along)
     return scores
 
 
@@ -258,7 +255,7 @@ def _is_exact(images: Tensor) -> bool:
 
 def _check_scores(
     scores: Attribution | TokenAttribution,
-    vectors: Float[Tensor, "batch d_rep"],
+    norm: Float[Tensor, "batch 1"],
     directions: Float[Tensor, "direction d_rep"],
 ) -> None:
     """Check that scores sum to the total's, relative to ‖u‖‖z‖: a total near zero is no reason to doubt them.
@@ -267,9 +264,9 @@ def _check_scores(
         GapError: Names the worst image and direction.
     """
     rest = scores.rest
-    tolerance = TOLERANCES[vectors.dtype]
+    tolerance = TOLERANCES[norm.dtype]
     assert rest is not None
-    scale = vectors.norm(dim=-1)[:, None] * directions.norm(dim=-1)
+    scale = norm * directions.norm(dim=-1)
     gap = (rest.abs() / scale).nan_to_num(nan=torch.inf).masked_fill(rest == 0, 0)
     if not bool((gap <= tolerance).all()):
         image, direction = divmod(int(gap.argmax()), gap.shape[1])

@@ -197,6 +197,7 @@ def on_pieces(
             )
             with in_full_precision(images.device):
                 results.append(use(first, captured))
+            del captured  # or it would outlive the next run
             if shelf is not None:
                 shelf.clear()
     return results

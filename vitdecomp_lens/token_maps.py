@@ -39,6 +39,8 @@ class TokenMaps:
         self.untokened = torch.empty(
             len(self.others), len(request.images), program.directions, dtype=program.dtype, device=program.device
         )
+        self.total = torch.empty(len(request.images), program.directions, dtype=program.dtype, device=program.device)
+        self.norm = self.total.new_empty(len(request.images), 1)
         self.direct = [point for point in self.tokened if self._is_direct(point)]
         for point in self.tokened:
             block = self.home[point.hook]
@@ -75,8 +77,8 @@ class TokenMaps:
     def _sums_heads(self, point: Point) -> bool:
         return point.axis is not None and len(self.request.components_of(point)) == 1
 
-    def add(self, first: int, captured: Captured) -> Tensor:
-        """Write one piece of the batch; return the model's own vectors."""
+    def add(self, first: int, captured: Captured) -> None:
+        """Write one piece of the batch."""
         program, batch = self.request.program, len(captured.total)
         weights = program.weights(captured.read, batch)
         images = slice(first, first + batch)
@@ -87,7 +89,9 @@ class TokenMaps:
                 self._add_point(point, captured.kept[point.hook], weights, images)
         if self.others:
             self._add_others(captured, weights, images)
-        return captured.total.to(program.dtype)
+        vectors = captured.total.to(program.dtype)
+        self.total[images] = vectors @ self.request.along.T
+        self.norm[images] = vectors.norm(dim=-1, keepdim=True)
 
     def at_once(self) -> dict[str, Callable[[int, Tensor], None]]:
         """What is written during the run, at points whose values need not be kept until the weights are known."""
@@ -134,13 +138,14 @@ class TokenMaps:
         place = {component: row for row, component in enumerate(labels)}
         self.untokened[:, images] = rows[[place[c] for c in self.others]]
 
-    def divide(self, norm: Float[Tensor, "batch 1"]) -> None:
-        """Divide all scores of an image by its norm."""
+    def normalize(self) -> None:
+        """Divide all scores of an image by the norm of what the model computed."""
         for block in self.blocks.values():
-            block.values.div_(norm[:, :, None])
-        self.untokened = self.untokened / norm
+            block.values.div_(self.norm[:, :, None])
+        self.untokened, self.total = self.untokened / self.norm, self.total / self.norm
+        self.norm = torch.ones_like(self.norm)
 
-    def result(self, total: Tensor, names: Sequence[str] | None) -> TokenAttribution:
+    def result(self, names: Sequence[str] | None) -> TokenAttribution:
         """The scores with their labels."""
         directions = None if names is None else tuple(names)
         others = Attribution(self.untokened, tuple(self.others), directions=directions)
@@ -148,7 +153,7 @@ class TokenMaps:
         return TokenAttribution(
             blocks,
             others,
-            total,
+            self.total,
             complete=self.whole,
             coverage=self.request.coverage,
             metadata=self.request.metadata,
