@@ -11,7 +11,8 @@ from vitdecomp_lens import HookedViT, attribute, attribute_tokens, decompose
 from vitdecomp_lens.errors import InputError
 
 UNDEFINED = {"no_pool", "open_clip_no_pool"}  # several vectors an image: of= is needed
-SLOW = {"max_pool", "gated_attention", "eva02_gated"}  # leave the fast path somewhere, and say so
+# What leaves the fast path somewhere, and says so: attention among channels does by token.
+SLOW = {"max_pool", "gated_attention", "eva02_gated", *(name for name in TINY_MODELS if name.startswith("xcit"))}
 LIVE_QUERY = {"prr_pool"}  # its pool attends with queries of the image: the pool is one component that hides the rest
 EXACT = sorted(set(TINY_MODELS) - UNDEFINED - SLOW)
 BY = ("layer", "head", "neuron")

@@ -256,8 +256,9 @@ def test_pairs_that_share_their_maps_merge():
     column = HookedViT(TINY_MODELS["class_token"]())
     graph = trace(column, images_for("class_token"))
     cut = graph.cut([p.hook for p in column.component_points("layer")])
-    numbers = [terms[0].maps_number for terms in graph.program(cut).terms.values()]
-    assert set(numbers) == {0}
+    terms = graph.program(cut).terms
+    assert not terms.pop("hook_patch_embed")  # the class token reads no patch
+    assert {of_point[0].maps_number for of_point in terms.values()} == {0}
 
 
 def test_tokens_that_nothing_reads_are_not_kept():

@@ -42,7 +42,7 @@ def test_points_read_hooks_that_exist_and_label_every_component_once(name, by):
         labels = labels_of(points, cache)
         assert len(set(labels)) == len(labels)
         blocks = [p for p in points if p.hook.startswith("blocks.")]
-        assert all(cache[p.hook].shape[p.token_axis] == len(model.token_grid(images)) for p in blocks)
+        assert all(cache[p.hook].shape[p.token_axis] == len(model.token_grid(images, p.hook)) for p in blocks)
     if name != "parallel_things" or by == "layer":
         assert sum(p.hook.startswith("blocks.") for p in model.component_points(by)) == model.branches
 

@@ -83,15 +83,15 @@ def test_quantised_modules_are_refused():
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Linear(2, 2), timm.create_model("test_resnet"), timm.create_model("cait_xxs24_224", depth=1)],
+    [nn.Linear(2, 2), timm.create_model("test_resnet"), timm.create_model("hieradet_small", stages=(1, 1, 1, 1))],
 )
 def test_architectures_without_adapter_are_refused_with_the_nearest_and_trace(module):
     name = f"{type(module).__module__}:{type(module).__name__}"
     with pytest.raises(UnsupportedModelError, match=re.escape(name)) as caught:
         HookedViT(module)
     assert "vitdecomp_lens.trace works for any module" in str(caught.value)
-    if "Cait" in name:
-        assert "the nearest is for timm.models.beit:Beit" in str(caught.value)
+    if "HieraDet" in name:
+        assert "the nearest is for timm.models.hiera:Hiera" in str(caught.value)
 
 
 def test_unknown_parts_are_refused_by_name():

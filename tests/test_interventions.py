@@ -155,7 +155,7 @@ def test_no_hook_is_left_after_an_exception():
     assert decompose(model, images).gap.max() < 1e-10
 
 
-@pytest.mark.parametrize("name", ["class_token", "siglip"])
+@pytest.mark.parametrize("name", ["class_token", pytest.param("siglip", marks=pytest.mark.sweep)])
 def test_every_hook_may_change_its_value_in_every_cut(name):
     model, images = tiny(name)
     model.set_use_attn_result(True)

@@ -1,178 +1,54 @@
-"""Swin: attention in shifted windows and merged patches, read where they are in the image."""
+"""Swin, SwinV2 and SwinV2-Cr: what is theirs alone. `test_staged.py` has what holds for all models with stages."""
+
+import math
 
 import pytest
 import torch
 from PIL import Image
-from timm.models.swin_transformer import SwinTransformer
+from staged_models import STAGED_MODELS, SWIN, images_for
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, SwinTransformerV2CrBlock
 from tiny_models import perturb
+from torch import nn
+from torch.nn import functional
 
-from vitdecomp_lens import HookedViT, attribute, attribute_tokens, decompose
-from vitdecomp_lens.errors import InputError
+from vitdecomp_lens import HookedViT, decompose
+from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.explain import explain
-from vitdecomp_lens.frozen.trace import trace
 from vitdecomp_lens.hooked.windows import Windows
 
-TINY = {"img_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
-SHAPES = {
-    "windows_divide": {},
-    "padded_both_ways": {"img_size": 28},
-    "padded_one_way": {"img_size": (32, 40)},
-    "merging_pads": {"img_size": (36, 28), "depths": (2, 2, 2), "num_heads": (2, 2, 4)},
-    "window_of_the_whole_grid": {"img_size": 16, "window_size": 8},
-}
+FAMILIES = {"swin": SwinTransformer, "swin_v2": SwinTransformerV2, "swin_v2_cr": SwinTransformerV2Cr}
+BLOCKS = {"swin": SwinTransformerBlock, "swin_v2": SwinTransformerV2Block, "swin_v2_cr": SwinTransformerV2CrBlock}
+SLOWER = ("hook_pattern", "hook_attn_scores", "hook_scale", "hook_normalized")
 
 
-def model_and_images(name, dtype=torch.float64, batch=2):
-    options = {**TINY, "num_classes": 5, **SHAPES[name]}
-    torch.manual_seed(0)
-    module = perturb(SwinTransformer(**options).eval().requires_grad_(False)).to(dtype)
-    images = torch.randn(
-        batch, 3, *module.patch_embed.img_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
-    return HookedViT(module), images.to(dtype)
+def made(family, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return perturb(FAMILIES[family](**{**SWIN, "num_classes": 5, **options})).requires_grad_(False)
 
 
-def directions(model, count=2):
-    return torch.randn(count, model.W_U.shape[0], generator=torch.Generator().manual_seed(2), dtype=model.W_U.dtype)
+def random_images(*size, batch=2, dtype=torch.float64):
+    return torch.randn(batch, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_outputs_are_the_originals(name):
-    model, images = model_and_images(name, torch.float32)
+def check_is_the_librarys(model, images):
+    """Bit for bit without hooks, and with those that see what the library computes anyway."""
     expected = model.original(images)
     assert torch.equal(model(images), expected)
-    plain = [hook for hook in model.hook_dict if not hook.endswith(("pattern", "attn_scores", "scale", "normalized"))]
+    plain = [hook for hook in model.hook_dict if not hook.endswith(SLOWER)]
     assert torch.equal(model.run_with_cache(images, names_filter=plain)[0], expected)
-    torch.testing.assert_close(model.run_with_cache(images)[0], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.run_with_cache(images)[0], expected)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_cut_is_complete_and_exact(name, dtype, tolerance):
-    model, images = model_and_images(name, dtype)
-    for by in ("layer", "head", "neuron"):
-        for of in ("representation", "logits"):
-            parts = decompose(model, images, by=by, of=of)
-            assert parts.complete
-            assert parts.gap.max() < tolerance
-            assert parts.coverage.share == 1
-        scores = attribute_tokens(model, images, directions(model), by=by)
-        assert scores.gap.max() < 100 * tolerance  # relative to a score, which may be near zero
-        torch.testing.assert_close(
-            scores.sum_tokens().values.sum(0),
-            attribute(model, images, directions(model), by=by).total,
-            rtol=1e-4,
-            atol=1e3 * tolerance,
-        )
-
-
-@pytest.mark.parametrize("name", ["windows_divide", "padded_both_ways", "merging_pads"])
-def test_single_components_are_what_the_replay_gives(name):
-    model, images = model_and_images(name)
-    points = {p.hook: p for p in model.component_points("head")}
-    graph = trace(model, images[:1], listened=list(points))
-    cut, recorded = graph.cut(points), graph.record(images)
+def check_is_exact(model, images):
     parts = decompose(model, images)
-    nothing = graph.replay(cut, recorded, {})
-    for hook, node in cut.points.items():
-        value = recorded[node]
-        heads = range(value.shape[2]) if points[hook].axis is not None else [None]
-        for head in heads:
-            kept = (
-                value
-                if head is None
-                else torch.zeros_like(value).index_copy(2, torch.tensor([head]), value[:, :, [head]])
-            )
-            alone = graph.replay(cut, recorded, {hook: kept}) - nothing
-            component = points[hook].components(len(heads))[head or 0]
-            torch.testing.assert_close(parts[component.label], alone.flatten(1), rtol=0, atol=1e-10)
+    assert parts.complete
+    assert parts.gap.max() < 1e-10
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_hook_is_live(name):
-    model, images = model_and_images(name)
-    model.set_use_attn_result(True)
-    expected = model(images)
-    for hook in model.hook_dict:
-        changed = model.run_with_hooks(images, fwd_hooks=[(hook, lambda value, hook: value * 1.5 + 0.1)])
-        assert not torch.allclose(changed, expected, rtol=0, atol=1e-9) or hook.endswith(("attn_scores",)), hook
-
-
-def test_results_of_heads_sum_to_what_is_added():
-    model, images = model_and_images("padded_both_ways")
-    model.set_use_attn_result(True)
-    _, cache = model.run_with_cache(images)
-    for number, block in enumerate(model.hooked_blocks):
-        result = cache[f"blocks.{number}.attn.hook_result"].sum(2) + block.attn.b_O
-        padding = result.shape[1] - cache[f"blocks.{number}.hook_attn_out"].shape[1]
-        torch.testing.assert_close(result[:, padding:], cache[f"blocks.{number}.hook_attn_out"])
-
-
-def influence_of_a_pixel(model, images, hook, row, column):
-    """At which tokens of a hook's value (a grid) a pixel of the image shows, blocks in between left out."""
-    moved = images.clone()
-    moved[:, :, row, column] += 1
-    changed = model.run_with_cache(moved)[1][hook] - model.run_with_cache(images)[1][hook]
-    return changed.flatten(2).abs().sum((0, 2)).nonzero()[:, 0].tolist()
-
-
-def check_places(model, images, hook, pixels):
-    """Each pixel shows at one token, whose rectangle holds it."""
-    grid = model.token_grid(images, hook)
-    for row, column in pixels:
-        (token,) = influence_of_a_pixel(model, images, hook, row, column)
-        top, left, bottom, right = grid.rectangle(token)
-        assert top <= row < bottom
-        assert left <= column < right
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_value_stands_where_its_patch_is_whatever_the_windows(name):
-    """In block 1 (shifted), values of the first stage: one pixel moves the value of the one token that holds it.
-
-    All attention and MLPs before are silenced, so that nothing else can carry the pixel.
-    """
-    model, images = model_and_images(name)
-    silent = [(f"blocks.0.{branch}", lambda value, hook: value * 0) for branch in ("hook_attn_out", "hook_mlp_out")]
-    hook = "blocks.1.attn.hook_v"
-    with model.hooks(silent):
-        check_places(model, images, hook, [(0, 0), (3, 9), (images.shape[2] - 1, images.shape[3] - 1), (13, 2)])
-
-
-@pytest.mark.parametrize("name", ["windows_divide", "padded_one_way", "merging_pads"])
-def test_a_token_of_a_merged_stage_stands_for_the_pixels_that_reach_it(name):
-    model, images = model_and_images(name)
-    first = model.stages[1].start
-    silent = [
-        (f"blocks.{number}.{branch}", lambda value, hook: value * 0)
-        for number in range(first)
-        for branch in ("hook_attn_out", "hook_mlp_out")
-    ]
-    hook = f"blocks.{first}.hook_resid_pre"
-    with model.hooks(silent):
-        check_places(model, images, hook, [(0, 0), (7, 18), (images.shape[2] - 1, images.shape[3] - 1)])
-
-
-@pytest.mark.parametrize("name", ["windows_divide", "padded_both_ways", "merging_pads"])
-def test_scores_by_token_are_those_of_the_token_that_is_moved(name):
-    """Moving one token's values along what frozen patterns pass on changes the frozen score as the map says.
-
-    The replay of the cut at ``hook_v`` with nothing but one token's values is the score of that token.
-    """
-    model, images = model_and_images(name)
-    points = {p.hook: p for p in model.token_points("head")}
-    graph = trace(model, images[:1], listened=list(points))
-    cut, recorded, u = graph.cut(points), graph.record(images), directions(model)
-    scores = attribute_tokens(model, images, u)
-    nothing = graph.replay(cut, recorded, {})
-    for number in range(len(model.hooked_blocks)):
-        hook = f"blocks.{number}.attn.hook_v"
-        value = recorded[cut.points[hook]]
-        for token in (0, value.shape[1] // 2, value.shape[1] - 1):
-            kept = torch.zeros_like(value)
-            kept[:, token, 1] = value[:, token, 1]
-            alone = (graph.replay(cut, recorded, {hook: kept}) - nothing).flatten(1) @ u.T
-            torch.testing.assert_close(scores[f"L{number}H1"][:, token], alone, rtol=0, atol=1e-10)
+# --- windows --------------------------------------------------------------------------------------------------------
 
 
 def test_windows_undo_what_the_library_does():
@@ -187,40 +63,212 @@ def test_windows_undo_what_the_library_does():
         assert torch.equal(windows.show(cut), tokens)
 
 
-def test_a_shifted_mask_for_any_size_is_the_librarys():
-    options = {**TINY, "strict_img_size": False, "num_classes": 5}
-    torch.manual_seed(0)
-    module = perturb(SwinTransformer(**options).eval().requires_grad_(False)).double()
-    model = HookedViT(module)
-    for size in ((32, 32), (40, 24), (36, 28)):
-        images = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(model(images), module(images))
-        assert decompose(model, images).gap.max() < 1e-10
-    with pytest.raises(InputError, match="multiples of 2"):
-        model(torch.zeros(1, 3, 33, 32, dtype=torch.float64))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_of_shifted_windows_is_the_librarys(family):
+    for grid, window in [((16, 16), (4, 4)), ((8, 12), (4, 6)), ((8, 4), (4, 4)), ((6, 9), (3, 3))]:
+        shift = tuple(0 if length <= side else side // 2 for length, side in zip(grid, window, strict=True))
+        image = torch.zeros(1, *grid, 8)
+        size = "feat_size" if family == "swin_v2_cr" else "input_resolution"
+        block = BLOCKS[family](8, num_heads=2, window_size=window, shift_size=shift, **{size: grid})
+        assert block.window_size == window
+        assert block.shift_size == shift
+        assert torch.equal(Windows(window, shift).keep_apart(image), block.get_attn_mask(image))
 
 
-def test_a_fixed_size_is_said():
-    model, _ = model_and_images("windows_divide")
-    with pytest.raises(InputError, match=r"32"):
-        decompose(model, torch.zeros(1, 3, 40, 32, dtype=torch.float64))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_for_any_size_is_the_librarys_at_each(family):
+    """Windows divide the first, not the others; the last is smaller than a window in the second stage."""
+    module = made(family, strict_img_size=False)
+    for dtype in (torch.float32, torch.float64):
+        model = HookedViT(module.to(dtype))
+        assert model.image_spec.size is None
+        for size in ((32, 32), (40, 24), (36, 28), (12, 52)):
+            images = random_images(*size, dtype=dtype)
+            check_is_the_librarys(model, images)
+            grid = model.token_grid(images)
+            assert (grid.rows, grid.columns) == (size[0] // 2, size[1] // 2)
+    check_is_exact(model, images)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_larger_than_the_grid_are_padded_where_the_model_says_so(family):
+    model, images = HookedViT(made(family, always_partition=True, window_size=16)), random_images(32, 32)
+    check_is_the_librarys(model, images.float())
+    check_is_exact(model.double(), images)
+    grid = model.token_grid(images, "blocks.3.attn.hook_v")
+    assert (grid.rows, grid.columns, len(grid.prefix)) == (8, 8, 16 * 16 - 8 * 8)
+
+
+# A first Swin has a table of biases, for windows of one size.
+@pytest.mark.parametrize(("family", "window"), [("swin", (4, 4)), ("swin_v2", (6, 5)), ("swin_v2_cr", (6, 5))])
+def test_a_model_that_was_resized_is_the_librarys(family, window):
+    module = made(family)
+    module.set_input_size(img_size=(48, 40), window_size=window)
+    check_is_the_librarys(HookedViT(module), random_images(48, 40, dtype=torch.float32))
+
+
+# --- sizes that a model does not take -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fixed_size_is_said(family):
+    model = HookedViT(made(family).double())
+    # Windows would divide the first size, but not the second, nor the patch the third.
+    for size in ((40, 32), (36, 28), (33, 32)):
+        for refuses in (model, lambda images: decompose(model, images)):
+            with pytest.raises(InputError, match=rf"3, 32, 32\]; got \[2, 3, {size[0]}, {size[1]}\].* 32 × 32"):
+                refuses(random_images(*size))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_size_that_patches_do_not_divide_is_refused(family):
+    model = HookedViT(made(family, strict_img_size=False, patch_size=4).double())
+    for size in ((34, 32), (32, 35), (2, 32)):
+        with pytest.raises(InputError, match=r"multiples of 4 and 4, so that patches"):
+            model(random_images(*size))
+
+
+# --- what there is at the hooks -------------------------------------------------------------------------------------
+
+
+def windows_of_the_first(value, rows, columns, side):
+    """Cut ``batch token head d_head`` of an image that is neither rolled nor padded: ``window head token d_head``."""
+    grid = value.unflatten(1, (rows // side, side, columns // side, side))
+    return grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(0, 2)
+
+
+@pytest.mark.parametrize("name", ["swin_v2", "swin_v2_cr"])
+def test_scores_are_cosines_of_what_is_shown_by_head_with_bias(name):
+    module = STAGED_MODELS[name]().double()
+    attn = (module.layers if name == "swin_v2" else module.stages)[0].blocks[0].attn
+    with torch.no_grad():
+        attn.logit_scale.view(-1).copy_(torch.tensor([1.5, 9.0]))  # the second is beyond where it is cut off
+    model, images = HookedViT(module), images_for(name)
+    _, cache = model.run_with_cache(images)
+    q, k = cache["blocks.0.attn.hook_q"], cache["blocks.0.attn.hook_k"]
+    for shown in (q, k):
+        torch.testing.assert_close(shown.norm(dim=-1), torch.ones_like(shown[..., 0]))
+    raw = functional.linear(images_embedded(model, images), attn.qkv.weight).unflatten(-1, (3, 2, 4))
+    biases = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]) if name == "swin_v2" else attn.qkv.bias
+    raw = raw + biases.view(3, 2, 4)
+    torch.testing.assert_close(q, raw[:, :, 0] / raw[:, :, 0].norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(cache["blocks.0.attn.hook_v"], raw[:, :, 2])
+    cosines = windows_of_the_first(q, 16, 16, 4) @ windows_of_the_first(k, 16, 16, 4).transpose(-2, -1)
+    factors = torch.tensor([math.exp(1.5), 100.0], dtype=torch.float64).view(2, 1, 1)
+    bias = cache["blocks.0.attn.hook_attn_scores"] - factors * cosines
+    torch.testing.assert_close(bias, relative_bias(attn, 4).expand_as(bias))
+    torch.testing.assert_close(cache["blocks.0.attn.hook_pattern"], (factors * cosines + bias).softmax(-1))
+
+
+def images_embedded(model, images):
+    return model.run_with_cache(images, names_filter="hook_embed")[1]["hook_embed"]
+
+
+def relative_bias(attn, side):
+    """The bias of each pair of tokens of a window, from their offset, one pair after the other."""
+    places = [(row, column) for row in range(side) for column in range(side)]
+    offsets = torch.tensor([[(a - c, b - d) for c, d in places] for a, b in places], dtype=torch.float64)
+    if hasattr(attn, "meta_mlp"):
+        return attn.meta_mlp(offsets.sign() * (1 + offsets.abs()).log()).movedim(-1, 0)
+    offsets = offsets / (side - 1) * 8
+    return 16 * attn.cpb_mlp(offsets.sign() * (offsets.abs() + 1).log2() / 3).movedim(-1, 0).sigmoid()
+
+
+def test_scores_of_tokens_apart_are_masked_in_shifted_windows():
+    for name in ("swin", "swin_v2", "swin_v2_cr"):
+        model, images = HookedViT(STAGED_MODELS[name]()), images_for(name, dtype=torch.float32)
+        _, cache = model.run_with_cache(images, names_filter="blocks.1.attn.hook_attn_scores")
+        scores = cache["blocks.1.attn.hook_attn_scores"].unflatten(0, (2, 4, 4))
+        apart = scores[:, 3, 3, :, 0, -1]  # opposite corners of the image
+        assert apart.max() < -50
+        assert scores[:, 0, 0].min() > -50
+
+
+def test_norms_of_the_stream_stand_before_what_reads_it():
+    """In SwinV2-Cr: ``hook_resid_post`` is normed at the end of a stage; at the very end ``ln_final`` norms."""
+    name = "swin_v2_cr_not_square"
+    model, images = HookedViT(STAGED_MODELS[name]().double()), images_for(name)
+    output, cache = model.run_with_cache(images)
+    for number, block in enumerate(model.hooked_blocks):
+        added = cache[f"blocks.{number}.hook_resid_mid"] + cache[f"blocks.{number}.hook_mlp_out"]
+        assert (f"blocks.{number}.ln3.hook_scale" in model.hook_dict) == (number == 1)
+        expected = block.ln3(added) if number == 1 else added
+        torch.testing.assert_close(cache[f"blocks.{number}.hook_resid_post"], expected)
+    scale = cache["blocks.1.ln3.hook_scale"]
+    assert scale.shape == (2, 16 * 32, 1)
+    last = cache["blocks.3.hook_resid_post"]
+    torch.testing.assert_close(cache["ln_final.hook_scale"], (last.var(-1, correction=0, keepdim=True) + 1e-5).sqrt())
+    representation = model.ln_final(last).mean(1)
+    torch.testing.assert_close(cache["hook_representation"], representation)
+    torch.testing.assert_close(output, representation @ model.W_U + model.b_U)
+    assert torch.equal(model.ln_final.w, model.original.stages[1].blocks[1].norm3.weight)
+
+
+def test_a_norm_between_blocks_is_part_of_the_stream():
+    name = "swin_v2_cr_not_square"
+    module = made("swin_v2_cr", depths=(3, 2), extra_norm_period=2)
+    model, images = HookedViT(module.double()), images_for(name)[:, :, :, :32]
+    _, cache = model.run_with_cache(images)
+    assert "blocks.1.ln3.hook_scale" in model.hook_dict
+    assert torch.equal(cache["blocks.2.hook_resid_pre"], cache["blocks.1.hook_resid_post"])
+    check_is_the_librarys(model, images)
+    check_is_exact(model, images)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
 
 
 def test_what_has_no_meaning_across_stages_says_so():
-    model, _ = model_and_images("windows_divide")
-    assert model.stages == (range(2), range(2, 4))
-    with pytest.raises(InputError, match="another width in each stage"):
-        model.accumulated_bias(3)
-    with pytest.raises(InputError, match="this model has SwinBlocks"):
-        model.set_use_split_qkv_input(True)
+    for name, blocks in [("swin", "SwinBlocks"), ("swin_v2", "SwinV2Blocks"), ("swin_v2_cr", "SwinV2CrBlocks")]:
+        model = HookedViT(STAGED_MODELS[name]())
+        assert model.stages == (range(2), range(2, 4))
+        with pytest.raises(InputError, match="another width, in later blocks"):
+            model.accumulated_bias(3)
+        with pytest.raises(InputError, match=f"this model has {blocks}"):
+            model.set_use_split_qkv_input(True)
+
+
+def stages_of(module):
+    return module.layers if hasattr(module, "layers") else module.stages
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_of_another_kind_are_refused_by_name(family):
+    class Skipping(nn.Module):
+        def forward(self, x):
+            return x
+
+    module = made(family)
+    stages_of(module)[0].downsample = Skipping()
+    with pytest.raises(UnsupportedModelError, match=r"merging of patches .*Skipping cannot be hooked"):
+        HookedViT(module)
+    module = made(family)
+    module.head = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match=r"head .*Identity cannot be hooked"):
+        HookedViT(module)
+    method = "_shifted_window_attn" if family == "swin_v2_cr" else "_attn"
+    other = type("Unrolled", (BLOCKS[family],), {method: lambda self, x: x})
+    module = made(family)
+    stages_of(module)[1].blocks[1].__class__ = other
+    with pytest.raises(UnsupportedModelError, match=f"Unrolled overrides {method} of {BLOCKS[family].__name__}"):
+        HookedViT(module)
+
+
+def test_a_tower_without_classifier_returns_its_representation():
+    for family in FAMILIES:
+        model, images = HookedViT(made(family, num_classes=0)), random_images(32, 32, dtype=torch.float32)
+        check_is_the_librarys(model, images)
+        with pytest.raises(InputError, match="its representation is its output"):
+            _ = model.W_U
+
+
+# --- uses -----------------------------------------------------------------------------------------------------------
 
 
 def test_explain_lays_all_grids_over_the_photograph(tmp_path):
-    module = SwinTransformer(
-        **{**TINY, "img_size": (36, 28), "depths": (2, 2, 2), "num_heads": (2, 2, 4)}, num_classes=5
-    )
+    module = made("swin", img_size=(36, 28), depths=(2, 2, 2), num_heads=(2, 2, 4))
     module.pretrained_cfg = {"input_size": (3, 36, 28), "crop_pct": 1.0}
-    model = HookedViT(perturb(module.eval().requires_grad_(False)))
+    model = HookedViT(module)
     photograph = tmp_path / "photograph.png"
     Image.new("RGB", (60, 80), (200, 30, 90)).save(photograph)
     (found,) = explain(model, [photograph], class_=1)

@@ -18,6 +18,7 @@ from open_clip.transformer import VisionTransformer as OpenClipViT
 from timm.layers import Attention as TimmAttention
 from timm.layers import DiffAttention, GluMlp, HybridEmbed, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import (
@@ -29,6 +30,7 @@ from timm.models.vision_transformer import (
 )
 from timm.models.vision_transformer_hybrid import ConvStem
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.xcit import Xcit
 from torch import nn
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -51,6 +53,18 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 def _timm(cls: type[nn.Module] = VisionTransformer, **options) -> Callable[[], nn.Module]:
     return partial(_seeded, partial(cls, **{**TINY, **options}))
+
+
+def _xcit(**options) -> nn.Module:
+    """An XCiT whose batch norms have running statistics of their own, as no fresh model has."""
+    model = Xcit(**{**TINY, "cls_attn_layers": 2, "eta": 0.1, **options})
+    generator = torch.Generator().manual_seed(3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
+        if name.endswith("running_var"):
+            buffer.mul_(0.5 + torch.rand(buffer.shape, generator=generator))
+    return model
 
 
 def _open_clip(**options) -> Callable[[], nn.Module]:
@@ -210,6 +224,14 @@ TINY_MODELS: dict[str, Callable[[], nn.Module]] = {
     "relpos_post_norm": _timm(
         VisionTransformerRelPos, block_fn=ResPostRelPosBlock, rel_pos_type="bias", init_values=0.1
     ),
+    "cait": _timm(Cait, init_values=0.8),
+    "cait_mean_pool": _timm(Cait, init_values=0.8, global_pool="avg"),
+    "cait_no_biases": _timm(Cait, init_values=0.8, qkv_bias=False, depth_token_only=1),
+    "xcit": partial(_seeded, _xcit),
+    "xcit_tokens_norm": partial(_seeded, partial(_xcit, tokens_norm=True, qkv_bias=False)),
+    "xcit_no_positions": partial(_seeded, partial(_xcit, use_pos_embed=False, cls_attn_layers=1)),
+    "xcit_patch16": partial(_seeded, partial(_xcit, img_size=64, patch_size=16)),
+    "xcit_mean_pool": partial(_seeded, partial(_xcit, global_pool="avg", tokens_norm=True)),
     "open_clip": _open_clip(),
     "open_clip_quick_gelu": _open_clip(act_layer=QuickGELU, ls_init_value=0.1),
     "open_clip_tokens_first": _tokens_first,
@@ -231,7 +253,7 @@ TINY_MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm_test_vit": partial(_seeded, partial(timm.create_model, "test_vit", num_classes=10)),
 }
 
-SIZES = {"timm_test_vit": 160, "open_clip_timm": 160}
+SIZES = {"timm_test_vit": 160, "open_clip_timm": 160, "xcit_patch16": 64}
 
 
 # One of each kind. What is slow runs over these by default, and over all with ``-m sweep``.
@@ -257,6 +279,8 @@ ONE_OF_EACH_KIND = frozenset(
         "dinov3",
         "beit",
         "relpos_table",
+        "cait",
+        "xcit_tokens_norm",
         "open_clip",
         "open_clip_pooler",
         "open_clip_custom_all",

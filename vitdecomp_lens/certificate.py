@@ -126,6 +126,7 @@ class Certificate:
         coverage: How many branches are components of their own; None where no cut could be made.
         hooks: One check a hook.
         cost: Time, None where nothing could be decomposed.
+        notes: What else there is to know.
 
     Example:
         >>> hook = HookCheck("hook_embed", live=False)
@@ -146,6 +147,7 @@ class Certificate:
     coverage: Coverage | None
     hooks: tuple[HookCheck, ...]
     cost: Cost | None
+    notes: tuple[str, ...] = ()
 
     @property
     def dead(self) -> tuple[HookCheck, ...]:
@@ -276,7 +278,7 @@ class Certificate:
 
     def _verdict(self) -> Iterator[Text]:
         notes = dict.fromkeys(f'by="{cut.by}": {cut.note}' for cut in self.cuts if cut.note and cut.gap is not None)
-        for note in notes:
+        for note in (*notes, *self.notes):
             yield Text(note)
         if self.supported:
             yield Text("Verdict: supported", style="bold green")

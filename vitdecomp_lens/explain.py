@@ -4,6 +4,7 @@ For the logits of a classifier. For scores along other directions, such as texts
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitdecomp_lens.class_names import ClassNames
-from vitdecomp_lens.components import By, TokenGrid
+from vitdecomp_lens.components import By, Component, TokenGrid
 from vitdecomp_lens.decompose import attribute, attribute_tokens
 from vitdecomp_lens.decomposition import Attribution
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
@@ -20,6 +21,7 @@ from vitdecomp_lens.explanation import Contribution, Explanation, Heatmap, Predi
 from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.hooked.preprocess import Photograph, open_upright
 from vitdecomp_lens.patch_maps import PatchMaps
+from vitdecomp_lens.tokens import TokenAttribution
 
 PREDICTIONS = 5
 
@@ -36,8 +38,9 @@ def explain(
 ) -> tuple[Explanation, ...]:
     """Explain the logit of a class by what every component writes along it, for each photograph.
 
-    logit_c = Σ_components ⟨e_c, A(a)⟩, exactly; with ``relative``, the direction e_c - 1/K in place of e_c. Photographs
-    are made upright as their EXIF data say before the model sees them.
+    logit_c = Σ_components ⟨e_c, A(a)⟩, exactly; with ``relative``, the direction e_c - 1/K in place of e_c. Where an
+    activation function stands between the representation h and the classifier (MaxViT's tanh), it is frozen at each
+    photograph as the factor tanh(h) / h. Photographs are made upright as their EXIF data say.
 
     Args:
         model: A `HookedViT` with a classifier.
@@ -111,8 +114,7 @@ class Explainer:
         if self.relative:
             direction -= 1 / len(logits)
         with torch.no_grad():
-            scores = attribute(self.model, image, direction.to(image), by=self.by, of="logits").cpu()
-            tokens = attribute_tokens(self.model, image, direction.to(image), by=self.by, of="logits").cpu()
+            scores, tokens = self._read(image, direction.to(image))
         logit = float(scores.total)  # type: ignore[arg-type]
         maps = PatchMaps(tokens)
         contributions = tuple(_contributions(scores, maps, logit))
@@ -134,6 +136,19 @@ class Explainer:
             gap=float(scores.rest.abs().max()) / float(logits.abs().max()),  # type: ignore[union-attr]
         )
 
+    def _read(
+        self, image: Float[Tensor, "1 channel height width"], direction: Float[Tensor, "1 class"]
+    ) -> tuple[Attribution, TokenAttribution]:
+        """The scores of one image along one direction of logits, whole and by token."""
+        if not self.model.has_activation_before_classifier:
+            scores = attribute(self.model, image, direction, by=self.by, of="logits").cpu()
+            return scores, attribute_tokens(self.model, image, direction, by=self.by, of="logits").cpu()
+        _, cache = self.model.run_with_cache(image, names_filter="hook_representation")
+        weight, bias = self.model.unembedding_at(cache["hook_representation"][0])
+        scores = attribute(self.model, image, direction @ weight.T, by=self.by).cpu()
+        tokens = attribute_tokens(self.model, image, direction @ weight.T, by=self.by).cpu()
+        return _with_constant(scores, "classifier's bias", (direction @ bias).cpu()), tokens
+
     def _predictions(self, logits: Float[Tensor, "class"]) -> Iterator[Prediction]:
         probabilities = logits.softmax(0)
         for index in logits.topk(min(PREDICTIONS, len(logits))).indices.tolist():
@@ -148,6 +163,18 @@ def _num_classes(model: HookedViT) -> int:
             "classifier, use attribute_tokens(model, images, directions) with the directions of your texts."
         )
     return count
+
+
+def _with_constant(scores: Attribution, name: str, value: Float[Tensor, "direction"]) -> Attribution:
+    """Add what the same constant writes for every image."""
+    assert scores.total is not None
+    added = value.to(scores.values).expand_as(scores.total)
+    return replace(
+        scores,
+        values=torch.cat([scores.values, added[None]]),
+        components=(*scores.components, Component(kind="constant", name=name)),
+        total=scores.total + added,
+    )
 
 
 def _model_name(model: HookedViT) -> str:

@@ -28,6 +28,7 @@ TOKEN_DIRECTIONS = 2
 COST_BATCH = 8
 COST_SECONDS = 3.0
 COST_ROUNDS = (5, 15)
+HOOKS_AT_ONCE = 64  # patterns of a few blocks at a time: all of a large model's would fill the memory
 SCORE_HOOKS = ("hook_q", "hook_k", "hook_rot_q", "hook_rot_k", "hook_attn_scores")
 
 
@@ -104,7 +105,9 @@ def _worst(one: Coverage | None, other: Coverage | None) -> Coverage | None:
 
 
 def _spaces(model: HookedViT, images: Tensor) -> tuple[str, ...]:
-    """Representation and logits, unless they are the same."""
+    """Representation and logits, unless they are the same, or something nonlinear stands between them."""
+    if model.has_activation_before_classifier:
+        return ("representation",)
     seen: list[Tensor] = []
     images = images.to(weight(model))
     output = model.run_with_hooks(images, fwd_hooks=[("hook_representation", lambda value, hook: seen.append(value))])
@@ -175,30 +178,38 @@ def _vectors(model: HookedViT, images: Tensor, of: str) -> Float[Tensor, "batch 
 # --- hooks ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def hook_checks(model: HookedViT, images: Tensor, *, seed: int, say: Progress) -> tuple[HookCheck, ...]:
-    """Add noise at each hook in turn, and see whether the output changes."""
-    images = images.to(weight(model))
-    generator = torch.Generator().manual_seed(seed)
-    shapes: dict[str, torch.Size] = {}
+    """Move the value at each hook in a random direction, and see whether the output moves: by its derivative."""
+    images, generator = images.to(weight(model)), torch.Generator().manual_seed(seed)
+    names, shapes, live = list(model.hook_dict), dict[str, torch.Size](), list[HookCheck]()
+    for first in range(0, len(names), HOOKS_AT_ONCE):
+        say(f"hooks from {names[first]}", first / len(names))
+        some = names[first : first + HOOKS_AT_ONCE]
+        for name, moves in zip(some, _moves_output(model, images, some, generator, shapes), strict=True):
+            live.append(HookCheck(name, moves, "" if moves else _excuse(name, shapes)))
+    return tuple(live)
 
-    def look(_value: Tensor, hook: HookPoint) -> None: ...
 
-    def change(value: Tensor, hook: HookPoint) -> Tensor:
+@torch.enable_grad()
+def _moves_output(
+    model: HookedViT, images: Tensor, names: list[str], generator: torch.Generator, shapes: dict[str, torch.Size]
+) -> list[bool]:
+    """For each hook, whether some output has a derivative by a step at it."""
+    steps = {name: torch.zeros((), dtype=images.dtype, device=images.device, requires_grad=True) for name in names}
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like) - 0.5
+
+    def move(value: Tensor, hook: HookPoint) -> Tensor:
         shapes[str(hook.name)] = value.shape
-        # In units of the value's own size, and never as much as the value: a scale must not become zero.
-        noise = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value) - 0.5
-        return value + noise * value.square().mean().sqrt().clamp(min=1e-3)
+        return value + steps[str(hook.name)] * noise(value)
 
-    plain = _leaves(model(images))
-    live: dict[str, bool] = {}
-    for number, (name, point) in enumerate(model.hook_dict.items()):
-        say(f"hook {name}", number / len(model.hook_dict))
-        # A lazy hook changes the path of computation, and with it the rounding: compare within that path.
-        lazy = isinstance(point, LazyHookPoint)
-        expected = _leaves(model.run_with_hooks(images, fwd_hooks=[(name, look)])) if lazy else plain
-        live[name] = not _equal(expected, _leaves(model.run_with_hooks(images, fwd_hooks=[(name, change)])))
-    return tuple(HookCheck(name, alive, "" if alive else _excuse(name, shapes)) for name, alive in live.items())
+    outputs = _leaves(model.run_with_hooks(images, fwd_hooks=[(name, move) for name in names]))
+    read = sum((output * noise(output)).sum() for output in outputs)
+    if not isinstance(read, Tensor) or not read.requires_grad:
+        return [False] * len(names)
+    derivatives = torch.autograd.grad(read, list(steps.values()), allow_unused=True)
+    return [found is not None and bool(found.abs() > 0) for found in derivatives]
 
 
 def _excuse(name: str, shapes: dict[str, torch.Size]) -> str:

@@ -39,6 +39,8 @@ class PatchMaps:
 
     def _laid(self, block: TokenBlock) -> Float[Tensor, "row column"]:
         grid, canvas = block.grid, self.canvas
+        if not grid.rows * grid.columns:  # prefix tokens only, as in class attention
+            return torch.zeros(canvas.rows, canvas.columns, dtype=torch.float64)
         rows, columns = (
             count * length // whole
             for count, length, whole in zip(

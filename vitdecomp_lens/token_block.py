@@ -71,6 +71,8 @@ class TokenBlock:
             raise InputError(f"Expected mode='nearest' or mode='density'; got mode={mode!r}.")
         if height < 1 or width < 1:
             raise InputError(f"Expected a height and width of at least one pixel; got {height} × {width}.")
+        if not self.grid.rows * self.grid.columns:  # prefix tokens only, as in class attention
+            return self.values.new_zeros(*self.values.shape[:2], self.values.shape[3], height, width)
         patches = rearrange(
             self.values[:, :, len(self.grid.prefix) :],
             "component batch (row column) direction -> component batch direction row column",

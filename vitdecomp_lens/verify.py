@@ -21,6 +21,10 @@ from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.request import MAX_BYTES
 
+BEHIND_ACTIVATION = (
+    "Logits were not decomposed: an activation function stands between representation\nand classifier. explain reads"
+    " them with that function frozen as a factor."
+)
 NONE_STATED = "none stated"
 LIBRARIES = ("vitdecomp-lens", "torch", "timm", "open_clip_torch", "transformer-lens")
 
@@ -97,6 +101,7 @@ def verify(
         coverage=coverage,
         hooks=hooks,
         cost=cost,
+        notes=(BEHIND_ACTIVATION,) if single.has_activation_before_classifier else (),
     )
 
 

@@ -62,8 +62,15 @@ class Shifted:
 class Program(CompiledCut):
     """What a cut writes along given directions, by pairs. Made by `compile_cut`."""
 
-    def __init__(self, terms: dict[str, list[Term]], shifts: list[Shifted], tape: Tape, directions: int) -> None:
-        self.terms, self.shifts, self.directions = terms, shifts, directions
+    def __init__(
+        self,
+        terms: dict[str, list[Term]],
+        parts: Mapping[str, int],
+        shifts: list[Shifted],
+        tape: Tape,
+        directions: int,
+    ) -> None:
+        self.terms, self.parts, self.shifts, self.directions = terms, parts, shifts, directions
         slots = [term.weights for several in terms.values() for term in several] + [s.weights for s in shifts]
         self.tape, self.dtype, self.device = tape, tape.dtype, tape.device
         self.points = tuple(terms)
@@ -72,8 +79,10 @@ class Program(CompiledCut):
         tape.forget_examples()
 
     def kept_rows(self, point: str) -> tuple[int, int, int] | None:
-        """The rows that its only term reads; all where there are several."""
+        """The rows that its only term reads; all where there are several, and none where nothing is read."""
         terms = self.terms[point]
+        if not terms:
+            return (1, 0, 0)
         return terms[0].rows if len(terms) == 1 else None
 
     def weights(self, read: Mapping[Leaf, Tensor], batch: int) -> dict[int, Tensor]:
@@ -103,7 +112,8 @@ class Program(CompiledCut):
             products = torch.cat([sums for _, sums, _ in several]) @ several[0][2]
             for (point, _, _), product in zip(several, products.split(batch), strict=True):
                 _add(found, point, product.unsqueeze(0))
-        return {point: found[point] for point in points}
+        zeros = self.tape.ones(0, batch, self.directions)
+        return {p: found[p] if p in found else zeros.new_zeros(self.parts[p], *zeros.shape[1:]) for p in points}
 
     def _summed(
         self, term: Term, rows: tuple[int, int, int] | None, value: Tensor, a: Tensor, batch: int
@@ -253,8 +263,9 @@ def compile_cut(
     terms: dict[str, list[Term]] = {}
     laid_out: _LaidOut = {}
     for node in cut.order:
-        arrived = at.pop(node, [])
-        if node in reads and arrived:
+        # What is read nowhere, such as patches where a class token alone is, ends here.
+        arrived = [pairs for pairs in at.pop(node, []) if bool(tape.examples[pairs.weights].any())]
+        if node in reads:
             name = reads[node]
             terms[name] = [_term(node, pairs, splits.get(name), tape, laid_out) for pairs in arrived]
         if node not in cut.through:
@@ -265,10 +276,13 @@ def compile_cut(
                     _merge(at.setdefault(source, []), passed, tape)
                 else:  # a constant that a hook may change
                     on.constant(name_of(source), source, passed, on.value(source))
-    if unread := [name for name in cut.points if name not in terms]:
-        raise NoFastPathError(f"nothing arrives at {unread[0]}")
+    parts = {
+        name: 1 if (axis := splits.get(name)) is None else sizes(node)[axis]
+        for node, name in reads.items()
+        if name in terms
+    }
     shifts = [_shifted(shift.name, shift.pairs, shift.value, tape) for shift in on.shifts]
-    return Program({name: terms[name] for name in splits if name in terms}, shifts, tape, len(directions))
+    return Program({name: terms[name] for name in splits if name in terms}, parts, shifts, tape, len(directions))
 
 
 def _start(root: Node, tape: Tape, directions: Float[Tensor, "direction d_rep"]) -> Pairs:

@@ -283,11 +283,13 @@ def attention(node: Node, live: Container[Node]) -> Passage:
     return Passage("pattern", (node.args[2],))  # type: ignore[arg-type]
 
 
-KEEPS_A_PATTERN = KEEPS_A_STATISTIC | frozenset(aten("dropout mul sub select slice permute transpose contiguous"))
+KEEPS_A_PATTERN = KEEPS_A_STATISTIC | frozenset(
+    aten("dropout mul sub select slice permute transpose contiguous linear")
+)
 
 
 def is_pattern(node: Any) -> bool:
-    """Whether a value is a softmax, or a weighted difference of softmaxes (differential attention)."""
+    """Whether a value is a softmax, or a mixture of softmaxes: differential attention, talking heads."""
     node = _behind(node, KEEPS_A_PATTERN)
     return isinstance(node, Node) and operation(node) in SOFTMAXES
 

@@ -1,14 +1,17 @@
-"""A compiled cut without pairs: replay the frozen graph and differentiate it, once for each direction.
+"""A compiled cut without pairs: replay the frozen graph, once for each component or once for each direction.
 
-Not for use where the structured adjoint works: a whole representation costs as many derivatives as it has
-dimensions. It is exact all the same, because the replay is affine in the values at the points: activation ×
-gradient is the contribution, whatever the values at which the gradient is taken. `FrozenGraph.program` takes
-this way, with a warning, where pairs cannot pass an operation or would become too many.
+Not for use where the structured adjoint works: it costs a replay a component or, where directions are fewer, a
+derivative a direction. It is exact all the same, because the replay is affine in the values at the points: what one
+component writes is the replay with it alone, less that from zeros; and activation × gradient is its score, whatever
+the values at which the gradient is taken. `FrozenGraph.program` takes this way, with a warning, where pairs cannot
+pass an operation or would become too many.
 """
 
 import math
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,11 +30,15 @@ class Replayed:
 
     Attributes:
         output: What the constants alone write.
+        moving: The value of every operation on the path, likewise.
+        recorded: What the path is frozen at.
         zeros: By point.
         differentiable: Whether contributions are to be differentiated once more, by the images.
     """
 
     output: Float[Tensor, "batch *ones d_rep"]
+    moving: Mapping[Node, Tensor]
+    recorded: Mapping[Node, Any]
     zeros: Mapping[str, Tensor]
     differentiable: bool
 
@@ -76,7 +83,7 @@ class ReplayedCut(CompiledCut):
                 if node not in moving:
                     value = replayed(node, self._cut.through[node], moving, recorded)
                     moving[node] = value + zeros[names[node]] if node in names else value
-        return Replayed(moving[self._cut.root], zeros, differentiable)
+        return Replayed(moving[self._cut.root], moving, recorded, zeros, differentiable)
 
     def _frozen(self, value: Tensor | int, differentiable: bool) -> Tensor | int:
         if not isinstance(value, Tensor):
@@ -94,14 +101,44 @@ class ReplayedCut(CompiledCut):
     def contributions(
         self, kept: Mapping[str, Tensor], weights: Replayed, batch: int, *, only: Iterable[str] | None = None
     ) -> dict[str, Float[Tensor, "split batch direction"]]:
-        """Activation × gradient, summed over everything but the split and the batch."""
+        """What a replay with each component alone gives; or activation × gradient, where directions are fewer."""
         points = list(self.points if only is None else only)
+        if sum(self._parts(point) for point in points) < self.directions:
+            return {point: self._pushed(point, kept[point].to(self.dtype), weights) for point in points}
         columns: dict[str, list[Tensor]] = {point: [] for point in points}
         for gradients in self._gradients(weights, points):
             for point, gradient in zip(points, gradients, strict=True):
                 written = self._laid_out(point, gradient * kept[point].to(self.dtype), batch)
                 columns[point].append(written.flatten(2).sum(-1))
         return {point: torch.stack(several, -1) for point, several in columns.items()}
+
+    def _parts(self, point: str) -> int:
+        _, split = self._axes(point)
+        return 1 if split is None else int(_shape(self._reads[point])[split])
+
+    def _pushed(self, point: str, value: Tensor, weights: Replayed) -> Float[Tensor, "split batch direction"]:
+        """What each part of a value writes alone."""
+        _, split = self._axes(point)
+        written = []
+        for part in range(self._parts(point)):
+            alone = value
+            if split is not None:
+                alone = torch.zeros_like(value).index_copy(
+                    split, torch.tensor([part], device=value.device), value.narrow(split, part, 1)
+                )
+            written.append(self._moved(self._reads[point], alone, weights).flatten(1) @ self._along.T)
+        return torch.stack(written)
+
+    def _moved(self, start: Node, value: Tensor, weights: Replayed) -> Float[Tensor, "batch *ones d_rep"]:
+        """By how much the output moves if the value at a point does: only what is downstream is replayed."""
+        with torch.inference_mode(False), torch.set_grad_enabled(weights.differentiable):
+            moved = {start: weights.moving[start] + value}
+            known = ChainMap(moved, dict(weights.moving))
+            for node in reversed(self._cut.order):
+                inputs = self._cut.through.get(node, ())
+                if node not in moved and any(n in moved for n in inputs):
+                    moved[node] = replayed(node, inputs, known, weights.recorded)
+            return moved.get(self._cut.root, weights.output) - weights.output
 
     def _gradients(self, weights: Replayed, points: list[str]) -> Iterator[tuple[Tensor, ...]]:
         """For each direction, the gradients by the values at ``points``."""
@@ -153,7 +190,8 @@ class ReplayedCut(CompiledCut):
             written = self._laid_out(point, gradient * kept.to(self.dtype), out.shape[1])
             last = next(n for n in range(2, written.dim()) if _tokens(written, first, n) == out.shape[2])
             written = written.movedim(tuple(range(3 + first, last + 1 + first)), tuple(range(3, last + 1)))
-            out[..., number] = written.flatten(2, last).flatten(3).sum(-1)
+            # A component that is one channel has no axis of channels left.
+            out[..., number] = written.flatten(2, last).unsqueeze(-1).flatten(3).sum(-1)
 
 
 def _tokens(written: Tensor, first: int, last: int) -> int:

@@ -27,6 +27,8 @@ Heads = tuple[
 
 # "batch token d_model", or "token batch d_model" in a library that runs tokens first.
 Stream = Float[Tensor, "outer inner d_model"]
+# The same of what is added: in class attention there are fewer tokens, and where tokens merge they are wider too.
+Added = Float[Tensor, "outer_added inner_added d_added"]
 
 
 class HookedHeads(nn.Module, ABC):
@@ -168,7 +170,7 @@ class HookedAttention(HookedHeads):
         """Apply what stands between mixing and the output projection: norm, gate, head scale."""
 
     @abstractmethod
-    def project_out(self, z: Float[Tensor, "batch token head d_head"]) -> Stream:
+    def project_out(self, z: Float[Tensor, "batch token head d_head"]) -> Added:
         """Apply the output projection, without LayerScale."""
 
     # Weights -------------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ class HookedAttention(HookedHeads):
         x: Stream,
         *,
         split: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> Stream:
+    ) -> Added:
         """Return what the block adds to the stream, but for stochastic depth.
 
         Args:
@@ -262,7 +264,7 @@ class HookedAttention(HookedHeads):
         finally:
             self._split = None
 
-    def branch(self, z: Float[Tensor, "batch token head d_head"]) -> Stream:
+    def branch(self, z: Float[Tensor, "batch token head d_head"]) -> Added:
         """Return what the block adds to the stream from the heads' outputs, through ``hook_result`` if it is used."""
         if "hook_result" not in self._modules or not is_hooked(self.hook_result):
             return self.tail(self.project_out(z))

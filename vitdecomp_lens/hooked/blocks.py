@@ -45,9 +45,22 @@ class HookedBlock(nn.Module, ABC):
     def mlps_by_name(self) -> dict[str, HookedMLP]:
         """The block's MLPs, by their name below the block."""
 
+    @property
+    def has_convolution(self) -> bool:
+        """Whether a convolution adds to the stream, at ``hook_conv_out``."""
+        return False
+
+    def padding(self, rows: int, columns: int) -> int:
+        """How many tokens of padding the attention sees, before those of a grid: none, unless overridden."""
+        return 0
+
+    def is_before_merging(self, hook: str) -> bool:
+        """Whether a hook of the block sees tokens from before the block merges them: no block does, by default."""
+        return False
+
     @abstractmethod
-    def add_branches(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
-        """Return the stream after the block."""
+    def add_branches(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes_after d_model_after"]:
+        """Return the stream after the block, which may have fewer and wider tokens."""
 
     def use_split_qkv_input(self, use: bool) -> None:
         """Add or remove separate inputs of queries, keys and values."""
@@ -62,7 +75,7 @@ class HookedBlock(nn.Module, ABC):
         attn_mask: None = None,
         is_causal: bool = False,
         **context: Any,
-    ) -> Float[Tensor, "*axes d_model"]:
+    ) -> Float[Tensor, "*axes_after d_model_after"]:
         """Run the block.
 
         Args:

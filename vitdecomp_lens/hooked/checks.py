@@ -108,10 +108,10 @@ def check_shape(images: Any, spec: ImageSpec) -> None:
             f"Images must be {wanted}; got {shape}. Use model.preprocess(photographs), or resize them to "
             f"{spec.size[0]} × {spec.size[1]}."
         )
-    if height % spec.multiple_of[0] or width % spec.multiple_of[1]:
+    if height % spec.multiple_of[0] or width % spec.multiple_of[1] or not height * width:
         raise InputError(
-            f"Height and width must be multiples of {spec.multiple_of[0]} and {spec.multiple_of[1]}, the patch "
-            f"size; got {shape}. Crop or pad the images."
+            f"Height and width must be multiples of {spec.multiple_of[0]} and {spec.multiple_of[1]}, so that patches "
+            f"(and windows) tile the image; got {shape}. Crop or pad the images."
         )
 
 

@@ -22,7 +22,7 @@ def read_config(tower: Tower, name: str) -> HookedViTConfig:
         tower: The hooked tower.
         name: The model's name.
     """
-    first = tower.blocks[0]
+    first = next(block for block in tower.blocks if block.attentions)
     attn = next(iter(first.attentions.values()))
     mlp = next(iter(first.mlps_by_name.values()), None)
     norms = [module for block in tower.blocks for module in block.modules() if isinstance(module, HookedNorm)]

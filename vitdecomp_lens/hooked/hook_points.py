@@ -67,6 +67,18 @@ class Grid:
         return shown.unflatten(1, like.shape[1:3])
 
 
+class ChannelsFirst:
+    """``batch channel row column``."""
+
+    def show(self, value: Tensor) -> Tensor:
+        """Put rows and columns behind each other, as tokens, and channels last."""
+        return value.flatten(2).transpose(1, 2)
+
+    def restore(self, shown: Tensor, like: Tensor) -> Tensor:
+        """Put tokens into rows and columns, behind the channels."""
+        return shown.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
 def lay_out(points: Iterable[HookPoint], layout: Layout) -> None:
     """Say how the values at hook points are laid out by the library."""
     for point in points:

@@ -307,8 +307,8 @@ class HookedViT(HookedRootModule):
 
     @property
     def branches(self) -> int:
-        """Number of attention and MLP branches of the blocks."""
-        return sum(bool(block.attentions) + bool(block.mlps_by_name) for block in self.hooked_blocks)
+        """Number of attention, MLP and convolution branches of the blocks."""
+        return sum(bool(b.attentions) + bool(b.mlps_by_name) + b.has_convolution for b in self.hooked_blocks)
 
     def component_points(self, by: By) -> tuple[Point, ...]:
         """Return where components are read, for a decomposition by layer, head or neuron."""
@@ -400,9 +400,28 @@ class HookedViT(HookedRootModule):
         """Bias of that map."""
         return self._weights_out()[1]
 
+    @property
+    def has_activation_before_classifier(self) -> bool:
+        """Whether an activation function stands between representation and output; then there is no ``W_U``."""
+        return self._tower.frozen_weights_out is not None
+
+    def unembedding_at(
+        self, representation: Float[Tensor, "d_rep"]
+    ) -> tuple[Float[Tensor, "d_rep class"], Float[Tensor, "class"]]:
+        """Return ``W_U`` and ``b_U``, whatever stands between representation h and classifier frozen at one image.
+
+        An activation function f (MaxViT's tanh) is frozen as the factor f(h) / h, so that ``h @ W_U + b_U`` is what
+        the model computes of h. Without one, these are ``W_U`` and ``b_U`` themselves.
+
+        Args:
+            representation: That of the image.
+        """
+        frozen = self._tower.frozen_weights_out
+        return self._weights_out() if frozen is None else frozen(representation)
+
     def _weights_out(self) -> tuple[Tensor, Tensor]:
         if self._tower.weights_out is None:
-            raise InputError("This model has no classifier or projection: its representation is its output.")
+            raise InputError(self._tower.no_weights_out)
         return self._tower.weights_out()
 
     def accumulated_bias(
@@ -415,10 +434,10 @@ class HookedViT(HookedRootModule):
             mlp_input: Whether to include that block's attention.
             include_mlp_biases: Whether to include MLPs.
         """
-        if len(self.stages) > 1:
+        if self._tower.grid_of is not None:
             raise InputError(
-                "The residual stream of this model has another width in each stage, so that biases of different stages "
-                "cannot be added up. decompose has them as components."
+                "The residual stream of this model has other tokens, or another width, in later blocks, so that biases "
+                "of different blocks cannot be added up. decompose has them as components."
             )
         total = torch.zeros(self.cfg.d_model, device=self._weight.device, dtype=self._weight.dtype)
         for number, block in enumerate(self.hooked_blocks[: layer + mlp_input]):

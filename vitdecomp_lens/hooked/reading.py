@@ -16,6 +16,7 @@ def component_points(tower: Tower, by: By) -> tuple[Point, ...]:
     """
     points = [_embedding(tower)]
     for layer, block in enumerate(tower.blocks):
+        points += _convolution(layer, block)
         points += _attention_heads(layer, block, "hook_z") if by == "head" else _attention(layer, block)
         points += _neurons(layer, block) if by == "neuron" else _mlp(layer, block)
     return (*points, *_pool(tower, "hook_z"))
@@ -31,6 +32,7 @@ def token_points(tower: Tower, by: By) -> tuple[Point, ...]:
     """
     points = [_embedding(tower)]
     for layer, block in enumerate(tower.blocks):
+        points += _convolution(layer, block)
         points += _attention_heads(layer, block, "hook_v")
         points += _neurons(layer, block) if by == "neuron" else _mlp(layer, block)
     return (*points, *_pool(tower, "hook_v"))
@@ -38,6 +40,11 @@ def token_points(tower: Tower, by: By) -> tuple[Point, ...]:
 
 def _embedding(tower: Tower) -> Point:
     return Point("hook_patch_embed", Component(kind="embed"), skipped_tokens=len(tower.prefix))
+
+
+def _convolution(layer: int, block: HookedBlock) -> Iterator[Point]:
+    if block.has_convolution:
+        yield Point(f"blocks.{layer}.hook_conv_out", Component(kind="conv", layer=layer))
 
 
 def _attention(layer: int, block: HookedBlock) -> Iterator[Point]:

@@ -46,8 +46,11 @@ class Tower:
         image: What images the model takes.
         patch_grid: From height and width of an image to rows and columns of patches.
         patch_size: Height and width of a patch in pixels.
-        weights_out: ``W_U`` and ``b_U`` of the map from representation to output, live; None where the
-            representation is the output.
+        weights_out: ``W_U`` and ``b_U`` of the map from representation to output, live; None where there is no such
+            map.
+        no_weights_out: Why not.
+        frozen_weights_out: The same at one image's representation, where an activation function stands in between:
+            from the representation [d_rep].
         constant_query: Whether the attention pool's query, if there is a pool, is a learned constant.
         pooled: Whether ``ln_final`` acts on pooled tokens.
         stages: Numbers of the blocks of each stage, where tokens are merged between stages.
@@ -63,6 +66,8 @@ class Tower:
     patch_grid: Callable[[int, int], tuple[int, int]]
     patch_size: tuple[int, int]
     weights_out: Callable[[], tuple[Any, Any]] | None = None
+    no_weights_out: str = "This model has no classifier or projection: its representation is its output."
+    frozen_weights_out: Callable[[Any], tuple[Any, Any]] | None = None
     constant_query: bool = True
     pooled: bool = False
     stages: tuple[range, ...] = ()
@@ -101,6 +106,12 @@ _BUILT_IN = {
     "timm.models.vision_transformer:VisionTransformer": "vitdecomp_lens.hooked.timm_vit",
     "timm.models.deit:VisionTransformerDistilled": "vitdecomp_lens.hooked.timm_vit",
     "timm.models.swin_transformer:SwinTransformer": "vitdecomp_lens.hooked.timm_swin",
+    "timm.models.swin_transformer_v2:SwinTransformerV2": "vitdecomp_lens.hooked.timm_swin_v2",
+    "timm.models.swin_transformer_v2_cr:SwinTransformerV2Cr": "vitdecomp_lens.hooked.timm_swin_v2_cr",
+    "timm.models.maxxvit:MaxxVit": "vitdecomp_lens.hooked.timm_maxxvit",
+    "timm.models.cait:Cait": "vitdecomp_lens.hooked.timm_cait",
+    "timm.models.xcit:Xcit": "vitdecomp_lens.hooked.timm_xcit",
+    "timm.models.hiera:Hiera": "vitdecomp_lens.hooked.timm_hiera",
     "timm.models.vision_transformer_relpos:VisionTransformerRelPos": "vitdecomp_lens.hooked.timm_relpos",
     "timm.models.eva:Eva": "vitdecomp_lens.hooked.timm_eva",
     "timm.models.beit:Beit": "vitdecomp_lens.hooked.timm_beit",

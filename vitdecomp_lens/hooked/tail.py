@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vitdecomp_lens.errors import UnsupportedModelError
 
-_PLAIN_FORWARDS = (nn.Linear.forward, nn.Dropout.forward, nn.Identity.forward)
+_PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, nn.Dropout.forward, nn.Identity.forward)
 
 
 def check_plain(what: str, layers: Iterable[nn.Module], around: Iterable[nn.Module] = ()) -> None:
@@ -15,7 +15,7 @@ def check_plain(what: str, layers: Iterable[nn.Module], around: Iterable[nn.Modu
 
     Args:
         what: What is computed so.
-        layers: Linear layers and dropouts.
+        layers: Linear layers, convolutions of 1 × 1 and dropouts.
         around: Modules of any class, of which only forward hooks are refused.
 
     Raises:

@@ -15,8 +15,9 @@ from vitdecomp_lens.hooked.blocks import HookedBlock, PostNormBlock, TwoBranchBl
 from vitdecomp_lens.hooked.hook_points import CopyingHookPoint, GridTap, OutputTap, fire
 from vitdecomp_lens.hooked.mlp import GatedMLP, HookedMLP, PlainMLP
 from vitdecomp_lens.hooked.norms import hooked_norm
-from vitdecomp_lens.hooked.registry import Adapter, ImageSpec, Tower, check_methods, find_part
+from vitdecomp_lens.hooked.registry import ImageSpec, Tower, check_methods, find_part
 from vitdecomp_lens.hooked.tail import Tail
+from vitdecomp_lens.hooked.timm_adapter import Classifier, TimmAdapter
 from vitdecomp_lens.hooked.timm_pool import LatentPool, RefiningPool
 
 PREFIX_PARAMETERS = ("cls_token", "dist_token", "reg_token")
@@ -141,7 +142,7 @@ class ColumnEmbedding:
 # The whole ---------------------------------------------------------------------------------------------------------
 
 
-class ColumnAdapter(Adapter):
+class ColumnAdapter(TimmAdapter):
     """Hooks models with a patch embedding, one column of blocks and a read-out.
 
     Attributes:
@@ -189,16 +190,10 @@ class ColumnAdapter(Adapter):
             image=_image_spec(clone),
             patch_grid=PatchGrid(clone),
             patch_size=tuple(embed.feat_ratio(as_scalar=False)),
-            weights_out=None if clone.num_classes == 0 else Unembedding(clone),
+            weights_out=None if clone.num_classes == 0 else Classifier(*_classifiers(clone)),
             constant_query=isinstance(getattr(clone, "attn_pool", None), LatentPool),
             pooled=pooled,
         )
-
-    def transform(self, original: Any) -> Any:
-        """Return timm's evaluation transform for the model's configuration."""
-        from timm.data import create_transform, resolve_data_config
-
-        return create_transform(**resolve_data_config({}, model=original), is_training=False)
 
 
 class PatchGrid:
@@ -215,18 +210,8 @@ class PatchGrid:
         return tuple(embed.dynamic_feat_size((height, width)))
 
 
-class Unembedding:
-    """The classifier's weights, live; the mean of both classifiers of a distilled model."""
-
-    def __init__(self, tower: Any) -> None:
-        self.heads = (tower.head, tower.head_dist) if hasattr(tower, "head_dist") else (tower.head,)
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """Return ``W_U`` [d_rep, class] and ``b_U`` [class]."""
-        weights = torch.stack([head.weight.T for head in self.heads]).mean(0)
-        zeros = weights.new_zeros(weights.shape[1])
-        biases = torch.stack([zeros if head.bias is None else head.bias for head in self.heads]).mean(0)
-        return weights, biases
+def _classifiers(clone: Any) -> tuple[nn.Module, ...]:
+    return (clone.head, clone.head_dist) if hasattr(clone, "head_dist") else (clone.head,)
 
 
 def _latent_pool(core: Any) -> LatentPool:

@@ -1,30 +1,37 @@
 """timm's ``SwinTransformer``: attention in shifted windows, patches merged between stages."""
 
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.layers import ClassifierHead, PatchEmbed
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from transformer_lens.hook_points import HookPoint
 
-from vitdecomp_lens.components import TokenGrid
-from vitdecomp_lens.hooked.attention import Heads
 from vitdecomp_lens.hooked.blocks import HookedBlock, TwoBranchBlock
 from vitdecomp_lens.hooked.hook_points import CopyingHookPoint, Grid, GridTap, OutputTap, any_hooked, fire, lay_out
-from vitdecomp_lens.hooked.mlp import PlainMLP
 from vitdecomp_lens.hooked.norms import hooked_norm
-from vitdecomp_lens.hooked.registry import Adapter, ImageSpec, Tower, check_methods, find_part, register_adapter
+from vitdecomp_lens.hooked.registry import ImageSpec, Tower, check_methods, find_part, register_adapter
+from vitdecomp_lens.hooked.stages import StageGrids
 from vitdecomp_lens.hooked.tail import Tail
-from vitdecomp_lens.hooked.timm_attention import TimmPackedAttention
-from vitdecomp_lens.hooked.windows import Windows
+from vitdecomp_lens.hooked.timm_adapter import Classifier, TimmAdapter
+from vitdecomp_lens.hooked.timm_attention import TimmPlainAttention
+from vitdecomp_lens.hooked.timm_columns import hook_mlp
+from vitdecomp_lens.hooked.windows import Size, Windows
 
-APART = -100.0  # what the library adds to the scores of tokens that may not attend to each other
+# Attention -----------------------------------------------------------------------------------------------------------
 
 
-class HookedWindowAttention(TimmPackedAttention):
-    """timm's ``WindowAttention``.
+class HookedWindowAttention(TimmPlainAttention):
+    """timm's ``WindowAttention``, and what all kinds of it share.
 
     ``hook_q``, ``hook_k``, ``hook_v``, ``hook_z`` and ``hook_result`` are ``batch token head d_head`` over the whole
     image, whatever the windows; ``hook_attn_scores`` and ``hook_pattern`` are ``batch·window head query key``, in the
@@ -51,17 +58,10 @@ class HookedWindowAttention(TimmPackedAttention):
         """Return queries and keys as they are."""
         return q, k
 
-    def project(self, x: Float[Tensor, "batch token d_model"]) -> Heads:
-        """Queries, keys and values."""
-        qkv = self.core.qkv(x).unflatten(-1, (3, self.heads, -1))  # type: ignore[operator]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-    def finish_heads(
-        self, z: Float[Tensor, "batch token head d_head"], x: Float[Tensor, "batch token d_model"]
-    ) -> Float[Tensor, "batch token head d_head"]:
-        """Return the heads' outputs as they are."""
-        return z
+    def score_bias(self) -> Float[Tensor, "*#batch head query key"]:
+        """The bias by relative position."""
+        bias: Tensor = self.core._get_rel_pos_bias()  # type: ignore[operator]
+        return bias
 
     def run(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Stand in for the library's ``forward``: the library's own while no hook is in use."""
@@ -77,7 +77,7 @@ class HookedWindowAttention(TimmPackedAttention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch head query d_head"]:
         """Mix values by the pattern, whose scores have a bias by relative position, and a mask in shifted windows."""
-        bias: Tensor = self.core._get_rel_pos_bias()  # type: ignore[operator]
+        bias = self.score_bias()
         if self.fused and not any_hooked((self.hook_attn_scores, self.hook_pattern)):
             mask = bias if self._mask is None else bias + self._of_each_window(q)
             return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -94,86 +94,132 @@ class HookedWindowAttention(TimmPackedAttention):
         return whole.expand(q.shape[0] // windows, -1, self.heads, -1, -1).reshape(-1, self.heads, tokens, tokens)
 
 
-class SwinBlock(TwoBranchBlock):
-    """timm's ``SwinTransformerBlock``, which runs ``batch row column d_model``; hooks see ``batch token d_model``."""
+# Blocks --------------------------------------------------------------------------------------------------------------
+
+
+class WindowBlock(TwoBranchBlock):
+    """A block with attention in windows, run on ``batch row column d_model``; hooks see ``batch token d_model``.
+
+    Attributes:
+        library: The library's class.
+        relied_on: The library's methods that a subclass of it must not override; the first attends in windows.
+        attention_classes: How the attention is hooked, by its class.
+
+    Args:
+        core: The (cloned) block.
+    """
+
+    library: ClassVar[type[nn.Module]]
+    relied_on: ClassVar[tuple[str, ...]] = ("_attn", "get_attn_mask")
+    attention_classes: ClassVar[Mapping[type, Callable[[nn.Module, Windows], HookedWindowAttention]]]
 
     def __init__(self, core: Any) -> None:
+        check_methods(core, self.library, self.relied_on)
         windows = Windows(tuple(core.window_size), tuple(core.shift_size))
         super().__init__(
             core,
             ln1=hooked_norm(core.norm1),
-            attn=HookedWindowAttention(core.attn, windows),
+            attn=find_part(dict(self.attention_classes), core.attn, "attention")(core.attn, windows),
             ln2=hooked_norm(core.norm2),
-            mlp=PlainMLP(core.mlp, core.mlp.fc1, core.mlp.fc2, tail=Tail()),
+            mlp=hook_mlp(core.mlp, Tail()),
             drop_path1=core.drop_path1,
             drop_path2=core.drop_path2,
         )
         self.windows = windows
         if core.dynamic_mask:  # the library makes it by writing in place, which cannot be traced
-            core.__dict__["get_attn_mask"] = self._mask
+            core.__dict__["get_attn_mask"] = windows.keep_apart
         stream = (self.hook_resid_pre, self.hook_attn_out, self.hook_resid_mid, self.hook_mlp_out, self.hook_resid_post)
         lay_out(stream, Grid())
-        lay_out([module for module in self.ln1.modules() if isinstance(module, HookPoint)], Grid())
+        show_as_tokens(self.ln1)
 
-    def attention_branch(self, x: Float[Tensor, "batch row column d_model"]) -> Tensor:
-        """What the attention adds: the library rolls, cuts and puts together again."""
+    def attend(self, x: Float[Tensor, "batch row column d_model"]) -> Tensor:
+        """Attend in windows: the library rolls, cuts and puts together again."""
         self.windows.see((x.shape[1], x.shape[2]))
-        out: Tensor = self.core._attn(self.ln1(x))  # type: ignore[operator]
+        out: Tensor = getattr(self.core, self.relied_on[0])(x)
         return out
 
-    def _mask(self, x: Float[Tensor, "batch row column d_model"]) -> Float[Tensor, "window query key"] | None:
-        """Keep apart tokens that came to lie in one window only because the image was rolled."""
-        if not any(self.windows.shift):
-            return None
-        regions = [
-            (index >= length - window).int() + (index >= length - shift).int()
-            for length, window, shift in zip(x.shape[1:3], self.windows.window, self.windows.shift, strict=True)
-            for index in [torch.arange(length, device=x.device)]
-        ]
-        region = (3 * regions[0][:, None] + regions[1]).to(x.dtype)
-        (height, width), (rows, columns) = self.windows.window, region.shape
-        cut = region.view(rows // height, height, columns // width, width).permute(0, 2, 1, 3)
-        cut = cut.reshape(-1, height * width)
-        return (cut[:, None] != cut[:, :, None]).to(x.dtype) * APART
+    def attention_branch(self, x: Float[Tensor, "batch row column d_model"]) -> Tensor:
+        """What the attention adds."""
+        return self.attend(self.ln1(x))
 
     def mlp_branch(self, x: Float[Tensor, "batch row column d_model"]) -> Tensor:
         """What the MLP adds."""
         return self.mlp(self.ln2(x.flatten(1, 2))).unflatten(1, x.shape[1:3])
 
+    def padding(self, rows: int, columns: int) -> int:
+        """How many tokens of padding the attention sees."""
+        return self.windows.padding((rows, columns))
+
     def use_split_qkv_input(self, use: bool) -> None:
-        """Refuse: the norm acts before the image is cut into windows."""
+        """Refuse: the image is cut into windows between the stream and the heads."""
         HookedBlock.use_split_qkv_input(self, use)
 
 
-BLOCKS: dict[type, Any] = {SwinTransformerBlock: SwinBlock}
-ATTENTIONS: dict[type, Any] = {WindowAttention: HookedWindowAttention}
+class SwinBlock(WindowBlock):
+    """timm's ``SwinTransformerBlock``."""
+
+    library = SwinTransformerBlock
+    attention_classes: ClassVar = {WindowAttention: HookedWindowAttention}
 
 
-@register_adapter("timm.models.swin_transformer:SwinTransformer")
-class TimmSwinAdapter(Adapter):
-    """Hooks timm's Swin transformers."""
+def show_as_tokens(norm: nn.Module) -> None:
+    """Let the hooks of a norm that acts on rows and columns see tokens."""
+    lay_out([module for module in norm.modules() if isinstance(module, HookPoint)], Grid())
+
+
+# The whole -----------------------------------------------------------------------------------------------------------
+
+
+class WindowAdapter(TimmAdapter):
+    """Hooks models whose blocks attend in windows, and whose stages begin by merging patches.
+
+    Attributes:
+        library: The library's class of the model.
+        embedding: That of its patch embedding.
+        stage: That of its stages.
+        merging: That of what merges patches.
+        blocks: How a block is hooked, by its class.
+        patches_channels_first: Whether patches are embedded as ``batch d_model row column``.
+    """
+
+    library: ClassVar[type[nn.Module]]
+    embedding: ClassVar[type[nn.Module]] = PatchEmbed
+    stage: ClassVar[type[nn.Module]]
+    merging: ClassVar[type[nn.Module]]
+    blocks: ClassVar[dict[type, Callable[[Any], HookedBlock]]]
+    patches_channels_first: ClassVar[bool] = False
+
+    def stages(self, clone: Any) -> Iterable[Any]:
+        """Return the model's stages."""
+        found: Iterable[Any] = clone.layers
+        return found
+
+    def patches(self, embed: Any) -> Callable[[Size], Sequence[int]]:
+        """Return the way from height and width of an image to rows and columns of patches."""
+        ways: Callable[[Size], Sequence[int]] = embed.dynamic_feat_size
+        return ways
+
+    def hook_final_norm(self, clone: Any, blocks: list[HookedBlock]) -> nn.Module:
+        """Hook the norm behind the blocks and return it."""
+        clone.norm = norm = hooked_norm(clone.norm)
+        return norm
 
     def hook(self, clone: Any) -> Tower:
-        """Put hook points into a cloned ``SwinTransformer``."""
-        check_methods(clone, SwinTransformer, ("forward_features", "forward_head"))
+        """Put hook points into a cloned model."""
+        check_methods(clone, self.library, ("forward_features", "forward_head"))
+        find_part({self.embedding: None}, clone.patch_embed, "patch embedding")
+        find_part({ClassifierHead: None}, clone.head, "head")
         parts: dict[str, nn.Module] = {"hook_patch_embed": HookPoint(), "hook_embed": CopyingHookPoint()}
         for point in parts.values():
-            clone.patch_embed.register_forward_hook(GridTap(point))  # type: ignore[arg-type]
-        blocks: list[HookedBlock] = []
-        stages = []
-        for stage in clone.layers:
-            first = len(blocks)
-            for number, core in enumerate(stage.blocks):
-                find_part(ATTENTIONS, core.attn, "attention")
-                stage.blocks[number] = block = find_part(BLOCKS, core, "block")(core)
-                blocks.append(block)
-            stages.append(range(first, len(blocks)))
+            tap = GridTap(point, channels_first=self.patches_channels_first)  # type: ignore[arg-type]
+            clone.patch_embed.register_forward_hook(tap)
+        blocks, stages = self._hook_blocks(clone)
         parts["blocks"] = nn.ModuleList(blocks)
-        parts["ln_final"] = clone.norm = hooked_norm(clone.norm)
-        lay_out([module for module in clone.norm.modules() if isinstance(module, HookPoint)], Grid())
-        parts["hook_representation"] = point = CopyingHookPoint()
-        clone.head.drop.register_forward_hook(OutputTap(point))
-        tokens = StageGrids(clone.patch_embed, blocks, tuple(stages))
+        parts["ln_final"] = norm = self.hook_final_norm(clone, blocks)
+        show_as_tokens(norm)
+        parts["hook_representation"] = representation = CopyingHookPoint()
+        clone.head.drop.register_forward_hook(OutputTap(representation))
+        tokens = StageGrids(self.patches(clone.patch_embed), clone.patch_embed.patch_size, blocks, stages)
         return Tower(
             module=clone,
             parts=parts,
@@ -182,70 +228,39 @@ class TimmSwinAdapter(Adapter):
             image=_image_spec(clone.patch_embed),
             patch_grid=tokens.patches,
             patch_size=tokens.patch_size,
-            weights_out=None if clone.num_classes == 0 else Classifier(clone),
-            stages=tuple(stages),
+            weights_out=None if isinstance(clone.head.fc, nn.Identity) else Classifier(clone.head.fc),
+            stages=stages,
             grid_of=tokens,
         )
 
-    def transform(self, original: Any) -> Any:
-        """Return timm's evaluation transform for the model's configuration."""
-        from timm.data import create_transform, resolve_data_config
-
-        return create_transform(**resolve_data_config({}, model=original), is_training=False)
-
-
-class StageGrids:
-    """Which pixels the tokens of each stage stand for: side by side, each stage's twice as high and wide.
-
-    Args:
-        patch_embed: The model's patch embedding.
-        blocks: The hooked blocks.
-        stages: The numbers of the blocks of each stage.
-    """
-
-    def __init__(self, patch_embed: Any, blocks: list[HookedBlock], stages: tuple[range, ...]) -> None:
-        self.patch_embed, self.blocks, self.stages = patch_embed, blocks, stages
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
-        height, width = self.patch_embed.feat_ratio(as_scalar=False)
-        return height, width
-
-    def patches(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        rows, columns = self.patch_embed.dynamic_feat_size((height, width))
-        return rows, columns
-
-    def __call__(self, hook: str, height: int, width: int) -> TokenGrid:
-        """Return the tokens of the value at a hook."""
-        path = hook.split(".")
-        number = int(path[1]) if path[0] == "blocks" else None
-        merged = 2 ** next((stage for stage, numbers in enumerate(self.stages) if number in numbers), 0)
-        rows, columns = (-(-length // merged) for length in self.patches(height, width))
-        prefix: tuple[str, ...] = ()
-        if number is not None and path[2] == "attn":
-            padding = self.blocks[number].windows.padding((rows, columns))  # type: ignore[union-attr, operator]
-            prefix = tuple(f"pad{token}" for token in range(padding))
-        size = self.patch_size
-        return TokenGrid(rows, columns, (rows * merged * size[0], columns * merged * size[1]), prefix)
+    def _hook_blocks(self, clone: Any) -> tuple[list[HookedBlock], tuple[range, ...]]:
+        """Hook the blocks of each stage. Every stage but the first has to begin by merging patches."""
+        blocks: list[HookedBlock] = []
+        stages = []
+        for stage in self.stages(clone):
+            find_part({self.stage: None}, stage, "stage")
+            find_part({self.merging if blocks else nn.Identity: None}, stage.downsample, "merging of patches")
+            first = len(blocks)
+            for number, core in enumerate(stage.blocks):
+                stage.blocks[number] = block = find_part(self.blocks, core, "block")(core)
+                blocks.append(block)
+            stages.append(range(first, len(blocks)))
+        return blocks, tuple(stages)
 
 
-class Classifier:
-    """The classifier's weights, live."""
+@register_adapter("timm.models.swin_transformer:SwinTransformer")
+class TimmSwinAdapter(WindowAdapter):
+    """Hooks timm's Swin transformers."""
 
-    def __init__(self, tower: Any) -> None:
-        self.head = tower.head.fc
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """Return ``W_U`` [d_rep, class] and ``b_U`` [class]."""
-        weight = self.head.weight
-        return weight.T, torch.zeros_like(weight[:, 0]) if self.head.bias is None else self.head.bias
+    library = SwinTransformer
+    stage = SwinTransformerStage
+    blocks: ClassVar = {SwinTransformerBlock: SwinBlock}
+    merging = PatchMerging
 
 
 def _image_spec(patch_embed: Any) -> ImageSpec:
     channels = patch_embed.proj.in_channels
     if patch_embed.strict_img_size:
         return ImageSpec(channels, tuple(patch_embed.img_size))
-    multiple = (1, 1) if patch_embed.dynamic_img_pad else tuple(patch_embed.feat_ratio(as_scalar=False))
-    return ImageSpec(channels, None, multiple)
+    padded = getattr(patch_embed, "dynamic_img_pad", False)
+    return ImageSpec(channels, None, (1, 1) if padded else tuple(patch_embed.patch_size))

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Size = tuple[int, int]
+APART = -100.0  # what the library adds to the scores of tokens that may not attend to each other
 
 
 class Windows:
@@ -30,6 +31,25 @@ class Windows:
         """How many tokens of padding a grid gets."""
         rows, columns = self._padded(size)
         return rows * columns - size[0] * size[1]
+
+    def keep_apart(self, grid: Float[Tensor, "batch row column d_model"]) -> Float[Tensor, "window query key"] | None:
+        """Return what to add to the scores of tokens that lie in one window only because the grid was rolled.
+
+        Args:
+            grid: The rolled and padded grid.
+        """
+        if not any(self.shift):
+            return None
+        regions = [
+            (index >= length - window).int() + (index >= length - shift).int()
+            for length, window, shift in zip(grid.shape[1:3], self.window, self.shift, strict=True)
+            for index in [torch.arange(length, device=grid.device)]
+        ]
+        region = (3 * regions[0][:, None] + regions[1]).to(grid.dtype)
+        (height, width), (rows, columns) = self.window, region.shape
+        cut = region.view(rows // height, height, columns // width, width).permute(0, 2, 1, 3)
+        cut = cut.reshape(-1, height * width)
+        return (cut[:, None] != cut[:, :, None]).to(grid.dtype) * APART
 
     def _padded(self, size: Size) -> Size:
         rows, columns = (-(-length // window) * window for length, window in zip(size, self.window, strict=True))
