@@ -24,6 +24,7 @@ T = TypeVar("T")
 MAX_BYTES = 512 << 20
 KEPT_BYTES = {"cpu": 60 << 20}  # what may be kept of a run at once; more images are run in pieces
 KEPT_BYTES_ELSEWHERE = 2 << 30
+FEW_IMAGES = 4  # with fewer, products take longer a row: so many may keep four times as much
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ def _piece(batch_size: int | None, images: Tensor, bytes_of_one: int) -> int:
     """How many images to run at once."""
     if batch_size is None:
         budget = KEPT_BYTES.get(images.device.type, KEPT_BYTES_ELSEWHERE)
-        most = max(1, budget // max(1, bytes_of_one))
+        many = budget // max(1, bytes_of_one)
+        most = max(1, many, min(FEW_IMAGES, 4 * many))
         return -(-len(images) // -(-len(images) // most))  # even pieces
     if batch_size < 1:
         raise InputError(f"batch_size= must be at least 1; got {batch_size}. Leave it out to have it chosen.")
