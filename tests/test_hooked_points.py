@@ -1,6 +1,7 @@
 """Where components and tokens of a hooked model are read."""
 
 import pytest
+import timm
 import torch
 from tiny_models import TINY_MODELS, images_for
 
@@ -92,16 +93,37 @@ def test_token_grids_follow_the_image_size():
     assert (padded.rows, padded.columns, padded.image_size) == (5, 4, (40, 32))
 
 
-def test_patches_are_where_the_grid_says():
-    model, images = HookedViT(TINY_MODELS["deit3"]()), images_for("deit3")
-    grid = model.token_grid(images)
-    top, left, bottom, right = (int(edge) for edge in grid.rectangle(1 + 6))
-    changed = images.clone()
-    changed[:, :, top:bottom, left:right] += 1
-    _, before = model.run_with_cache(images, names_filter="hook_embed")
-    _, after = model.run_with_cache(changed, names_filter="hook_embed")
-    moved = (before["hook_embed"] - after["hook_embed"]).abs().amax((0, 2)) > 1e-6
-    assert moved.nonzero().flatten().tolist() == [1 + 6]
+OVERLAPPING = ("hybrid", "xcit")  # a pixel reaches patches beside its own
+
+
+def check_patches(model, images):
+    """At the first attention's values, pixels of a patch move the token whose rectangle they fill, and no other."""
+    hook = next(point.hook for point in model.token_points("head") if point.hook.endswith("hook_v"))
+    grid = model.token_grid(images, hook)
+    for patch in (0, grid.columns + 1, grid.rows * grid.columns - 1):
+        token = len(grid.prefix) + patch
+        top, left, bottom, right = (int(edge) for edge in grid.rectangle(token))
+        changed = images.clone()
+        changed[:, :, top:bottom, left:right] += 1
+        _, before = model.run_with_cache(images, names_filter=hook)
+        _, after = model.run_with_cache(changed, names_filter=hook)
+        moved = (before[hook] - after[hook]).abs().amax((0, 2, 3)) > 1e-6
+        assert moved.nonzero().flatten().tolist() == [token]
+
+
+def test_patches_are_where_the_grid_says(name):
+    if not name.startswith(OVERLAPPING):
+        check_patches(HookedViT(TINY_MODELS[name]()), images_for(name))
+
+
+@pytest.mark.parametrize("name", ["dynamic_size", "dynamic_size_padded"])
+def test_patches_are_where_the_grid_says_at_other_sizes(name):
+    model = HookedViT(TINY_MODELS[name]())
+    check_patches(model, torch.randn(1, 3, 48, 24, generator=torch.Generator().manual_seed(0)))
+    dinov2 = HookedViT(
+        timm.create_model("vit_small_patch14_dinov2", depth=1, img_size=70, dynamic_img_size=True).eval()
+    )
+    check_patches(dinov2, torch.randn(1, 3, 56, 84, generator=torch.Generator().manual_seed(0)))
 
 
 def test_parameter_names_are_the_originals(name):
