@@ -28,15 +28,15 @@ MODELS = (
 INTRODUCTION = """# Certificates
 
 What `vitdecomp-lens verify` says of the full-size models of the paper: the hooked model against the original, the gap
-of every cut in float32 and float64, coverage, live hooks, cost. Made by `python benchmarks/certificates.py`, one model
-after the other, with random weights of which every parameter was moved off its initial value; two cores.
+of every cut in float32 and float64, coverage, live hooks. Made by `python benchmarks/certificates.py`, with random
+weights of which every parameter was moved off its initial value; costs stand in the [README](../README.md).
 """
 
 
 def certify(name: str) -> tuple[str, bool]:
     """The certificate of a model as text, and whether the model is supported."""
     model = HookedViT.from_open_clip(name.split(":")[1]) if ":" in name else HookedViT.from_timm(name)
-    certificate = verify(model, name=name, weights="random", count=1 if "dinov2" in name else 2, perturb=True)
+    certificate = verify(model, name=name, weights="random", count=1, perturb=True, cost=False)
     return str(certificate), certificate.supported
 
 

@@ -125,7 +125,7 @@ class Certificate:
         cuts: One check a cut, dtype and space.
         coverage: How many branches are components of their own; None where no cut could be made.
         hooks: One check a hook.
-        cost: Time, None where nothing could be decomposed.
+        cost: Time, None where it was not measured.
         notes: What else there is to know.
 
     Example:

@@ -40,6 +40,7 @@ def verify(
     count: int = 2,
     seed: int = 0,
     max_bytes: int = MAX_BYTES,
+    cost: bool = True,
     progress: measures.Progress | None = None,
 ) -> Certificate:
     """Measure whether a model is supported: parity, gaps of every cut, coverage, live hooks, cost.
@@ -58,6 +59,7 @@ def verify(
         count: How many random images.
         seed: Of all random numbers here.
         max_bytes: The largest result of one cut; what would be larger is measured along random directions only.
+        cost: Whether to measure it; on a machine that is busy it says little.
         progress: Called with what comes next and the share that is done.
 
     Returns:
@@ -87,7 +89,7 @@ def verify(
         measures.double(single), images[:1], seed=seed, say=lambda what, share: say(what, 0.62 + 0.3 * share)
     )
     say("cost", 0.92)
-    cost = None if coverage is None else measures.cost(single, images)
+    measured = measures.cost(single, images) if cost and coverage is not None else None
     say("done", 1.0)
     noise = f"; all parameters perturbed on a copy (seed {seed})" if subject.perturbed else ""
     return Certificate(
@@ -100,7 +102,7 @@ def verify(
         cuts=cuts,
         coverage=coverage,
         hooks=hooks,
-        cost=cost,
+        cost=measured,
         notes=(BEHIND_ACTIVATION,) if single.has_activation_before_classifier else (),
     )
 
