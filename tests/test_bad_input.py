@@ -106,7 +106,7 @@ def test_unknown_options_are_refused():
 
 
 def test_a_hook_with_many_vectors_an_image_says_how_to_pool():
-    message = r"must be one vector an image, \[batch, d\].*is \[batch, 17, 32\]\. Pool it.*of=lambda"
+    message = r"must be one vector an image, \[batch, d\].*is \[batch, 17, 32\]\. Name a hook.*hook_representation"
     with pytest.raises(InputError, match=message):
         decompose(model(), IMAGES, of="blocks.1.hook_resid_post")
 

@@ -261,7 +261,9 @@ def test_several_outputs_and_sequences_are_refused_with_the_way_out():
     with pytest.raises(InputError, match=r"Several returns 2 tensors; name the one to decompose with of=, for"):
         trace(Several().eval(), images())
     of = lambda module, x: module(x)[1]  # noqa: E731
-    with pytest.raises(InputError, match=r"must be one vector an image, \[batch, d\]; .* is \[batch, 16, 3\]. Pool it"):
+    with pytest.raises(
+        InputError, match=r"must be one vector an image, \[batch, d\]; .* is \[batch, 16, 3\]. Name a hook"
+    ):
         trace(Several().eval(), images(), of=of)
 
 

@@ -395,3 +395,13 @@ def test_the_original_stays_as_it_was():
     assert [name for name, _ in module.named_modules()] == names
     assert type(module.blocks[0]) is HieraBlock
     assert torch.equal(module(images), model(images))
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_pruned_model_has_the_stages_that_are_left(last):
+    module = STAGED_MODELS["hiera"]()
+    module.prune_intermediate_layers([last], prune_head=True)
+    model, images = HookedViT(module), images_for("hiera", dtype=torch.float32)
+    assert torch.equal(model(images), module(images))
+    assert [number for stage in model.stages for number in stage] == list(range(len(module.blocks)))
+    assert len(model.stages) == last + 1

@@ -158,3 +158,22 @@ def test_gradients_can_be_cached(images):
         model(images).sum().backward()
     assert kept["blocks.0.attn.hook_z_grad"].shape == kept["blocks.0.attn.hook_z"].shape
     assert kept["blocks.0.attn.hook_z_grad"].abs().max() > 0
+
+
+def test_biases_behind_a_norm_are_not_added_up():
+    with pytest.raises(InputError, match="a norm stands between a branch's bias and the stream"):
+        HookedViT(TINY_MODELS["post_norm"]()).accumulated_bias(1)
+    with pytest.raises(InputError, match="from 0 to 2; got 99"):
+        HookedViT(TINY_MODELS["class_token"]()).accumulated_bias(99)
+
+
+def test_a_slice_of_tokens_that_a_hook_has_not_is_refused_by_its_name():
+    model, images = HookedViT(TINY_MODELS["cait"]()), images_for("cait")
+    with pytest.raises(InputError, match=r"pos_slice does not fit blocks\.2\.hook_resid_pre, which has 1 tokens"):
+        model.run_with_cache(images, pos_slice=5)
+
+
+def test_token_grids_are_of_hooks_that_exist():
+    model, images = HookedViT(TINY_MODELS["class_token"]()), images_for("class_token")
+    with pytest.raises(UnknownNameError, match="hook_mlp_out"):
+        model.token_grid(images, "blocks.0.hook_mpl_out")

@@ -8,7 +8,7 @@ from timm.models.maxxvit import MaxxVit, MaxxVitCfg
 from torch import nn
 
 from vitdecomp_lens import HookedViT, decompose, verify
-from vitdecomp_lens.errors import IncompleteCutError, InputError, UnsupportedModelError
+from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.explain import explain
 from vitdecomp_lens.frozen.program import Program
 from vitdecomp_lens.frozen.trace import trace
@@ -69,7 +69,7 @@ def test_logits_behind_an_activation_are_refused():
         _ = model.W_U
     with pytest.raises(InputError, match="activation function"):
         _ = model.b_U
-    with pytest.raises(IncompleteCutError, match="tanh"):
+    with pytest.raises(InputError, match=r"activation function.*explain.*unembedding_at"):
         decompose(model, images, of="logits")
 
 
@@ -259,3 +259,10 @@ def test_a_certificate_says_that_logits_behind_an_activation_function_were_not_d
     assert certificate.supported
     assert {cut.of for cut in certificate.cuts} == {"representation"}
     assert "Logits were not decomposed" in str(certificate)
+
+
+def test_without_a_classifier_the_activation_function_is_still_behind_the_representation():
+    module = STAGED_MODELS["maxvit_tf"]()
+    module.reset_classifier(0)
+    model = HookedViT(module)
+    assert model.has_activation_before_classifier == (module.head.hidden_size is not None)

@@ -126,6 +126,32 @@ def test_results_of_heads_sum_to_what_is_added(name):
         torch.testing.assert_close(block.ln1(result) if isinstance(block, PostNormBlock) else result, added)
 
 
+@pytest.mark.parametrize("name", SWEPT)
+@pytest.mark.parametrize("kind", ["hook_scale", "hook_pattern"])
+def test_hooks_that_look_at_statistics_and_patterns_leave_requests_exact(name, kind):
+    model, images = shared(name)
+    u, looked = directions(model, images), []
+    with model.hooks([(lambda hook: hook.endswith(kind), lambda value, hook: looked.append(hook.name))]):
+        assert decompose(model, images).gap.max() < 1e-10
+        scores = attribute_tokens(model, images, u)
+    assert looked
+    expected = attribute(model, images, u).total
+    torch.testing.assert_close(scores.sum_tokens().values.sum(0), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["swin", "maxvit", "hiera_not_square"])
+def test_photographs_get_the_size_that_the_model_takes(name):
+    module = STAGED_MODELS[name]()
+    module.pretrained_cfg = {"input_size": (3, 224, 224), "crop_pct": 0.9}
+    model, photograph = HookedViT(module), Image.new("RGB", (120, 90), (200, 30, 90))
+    images = model.preprocess([photograph])
+    assert model(images).shape == (1, 5)
+    assert name == "maxvit" or images.shape[2:] == size_of(name)
+    left, top, right, bottom = model.preprocess_geometry(photograph)
+    assert 0 <= left < right <= 120
+    assert 0 <= top < bottom <= 90
+
+
 # --- positions ------------------------------------------------------------------------------------------------------
 
 

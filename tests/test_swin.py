@@ -13,7 +13,7 @@ from tiny_models import perturb
 from torch import nn
 from torch.nn import functional
 
-from vitdecomp_lens import HookedViT, decompose
+from vitdecomp_lens import HookedViT, attribute_tokens, decompose
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.explain import explain
 from vitdecomp_lens.hooked.windows import Windows
@@ -276,3 +276,30 @@ def test_explain_lays_all_grids_over_the_photograph(tmp_path):
     assert float(found.heatmap.values.sum()) == pytest.approx(whole, abs=1e-5)
     assert list(found.prefix) == ["padding"]
     assert found.gap < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["nearest", "density"])
+def test_maps_over_pixels_lie_where_the_rectangles_are_though_merging_pads(mode):
+    model, images = (
+        HookedViT(STAGED_MODELS["swin_merging_pads"]()),
+        images_for("swin_merging_pads", dtype=torch.float32),
+    )
+    u = model.W_U.T[:1]
+    for block in attribute_tokens(model, images[:1], u).blocks:
+        only, grid = torch.zeros_like(block.values[:1, :1, :, :1]), block.grid
+        for token in (len(grid.prefix), len(grid) - 1, len(grid) - 1 - grid.columns // 2):
+            only.zero_()[0, 0, token] = 1
+            top, left, bottom, right = (int(edge) for edge in grid.rectangle(token))
+            shown = block.take([0]).with_values(only).to_pixels(*images.shape[2:], mode=mode)[0, 0, 0]
+            inside = shown[top:bottom, left:right]
+            assert bool((inside > 0).all())
+            assert float(shown.sum()) == pytest.approx(float(inside.sum()))
+            assert mode == "nearest" or float(shown.sum()) == pytest.approx(float(inside.numel() > 0))
+
+
+def test_heads_may_be_of_any_width():
+    module = made("swin", head_dim=6)
+    model, images = HookedViT(module), random_images(32, 32, dtype=torch.float32)
+    check_is_the_librarys(model, images)
+    assert model.cfg.n_heads == 2
+    assert decompose(model, images).gap.max() < 1e-5

@@ -175,7 +175,7 @@ def refuse_repeated(name: str) -> InputError:
     """What to say where the model runs twice."""
     return InputError(
         f"The model ran more than once: {name} was met twice. Decompose each run by itself, and add up what they give:"
-        " of= may run the model once."
+        " of= may run the model once. (With split inputs of queries, keys and values, norms cannot be hooked too.)"
     )
 
 

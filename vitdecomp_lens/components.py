@@ -129,14 +129,16 @@ class TokenGrid:
     Attributes:
         rows: Patches down the image.
         columns: Patches across the image.
-        image_size: Height and width, in pixels, of the image that the patches tile.
+        image_size: Height and width, in pixels, of the area that the patches tile.
         prefix: Names of the prefix tokens, such as ``("CLS", "reg0")``. They stand for no pixels.
+        seen: Height and width of the model's image, where the area is another: larger where the model pads.
     """
 
     rows: int
     columns: int
     image_size: tuple[int, int]
     prefix: tuple[str, ...] = ()
+    seen: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.prefix) + self.rows * self.columns

@@ -280,7 +280,7 @@ class Decomposition(Labelled):
         """Replace what some components write: the direct effect, with all else as it was.
 
         The total stays the model's, so that `rest` is what was taken away. For the total effect, which lets later
-        components react, run the model again with `vitdecomp_lens.intervene`.
+        components react, run the model again under ``model.hooks(...)``.
 
         Args:
             labels: The label of a component, or several.

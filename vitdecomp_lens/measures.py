@@ -181,13 +181,13 @@ def _vectors(model: HookedViT, images: Tensor, of: str) -> Float[Tensor, "batch 
 def hook_checks(model: HookedViT, images: Tensor, *, seed: int, say: Progress) -> tuple[HookCheck, ...]:
     """Move the value at each hook in a random direction, and see whether the output moves: by its derivative."""
     images, generator = images.to(weight(model)), torch.Generator().manual_seed(seed)
-    names, shapes, live = list(model.hook_dict), dict[str, torch.Size](), list[HookCheck]()
+    names, shapes, live = list(model.hook_dict), dict[str, torch.Size](), list[bool]()
     for first in range(0, len(names), HOOKS_AT_ONCE):
         say(f"hooks from {names[first]}", first / len(names))
         some = names[first : first + HOOKS_AT_ONCE]
-        for name, moves in zip(some, _moves_output(model, images, some, generator, shapes), strict=True):
-            live.append(HookCheck(name, moves, "" if moves else _excuse(name, shapes)))
-    return tuple(live)
+        live += _moves_output(model, images, some, generator, shapes)
+    excuses = ("" if moves else _excuse(name, shapes) for name, moves in zip(names, live, strict=True))
+    return tuple(map(HookCheck, names, live, excuses))
 
 
 @torch.enable_grad()

@@ -1,5 +1,7 @@
 """The scores of one image by patch, where components may read different grids of tokens."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -47,7 +49,8 @@ class PatchMaps:
                 (canvas.rows, canvas.columns), grid.image_size, canvas.image_size, strict=True
             )
         )
-        values = block.with_values(block.values.double()).to_pixels(rows, columns, mode="density")[0, 0, 0]
+        whole = replace(block, values=block.values.double(), grid=replace(grid, seen=None))  # padding included
+        values = whole.to_pixels(rows, columns, mode="density")[0, 0, 0]
         return functional.pad(values, (0, canvas.columns - columns, 0, canvas.rows - rows))
 
     def prefix_of(self, label: str) -> float:

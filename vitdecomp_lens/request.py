@@ -78,10 +78,10 @@ class Request:
         if components is None:
             return list(range(len(self.everything)))
         known = {component.label: row for row, component in enumerate(self.everything)}
-        for label in components:
+        for label in [components] if isinstance(components, str) else components:
             if label not in known:
                 raise UnknownNameError(f"There is no component {label!r}; {near_matches(label, known)}")
-        return [known[label] for label in dict.fromkeys(components)]
+        return [known[label] for label in dict.fromkeys([components] if isinstance(components, str) else components)]
 
     def labelled(self, components: Sequence[str] | None) -> tuple[bool, tuple[Component, ...]]:
         """The components asked for, and whether they are all there are."""
@@ -121,6 +121,12 @@ def make_request(
     model.check_images(images)
     if len(images) == 0:
         raise InputError("Expected at least one image; got an empty batch.")
+    if of == "logits" and getattr(model, "has_activation_before_classifier", False):
+        raise InputError(
+            "An activation function stands between this model's representation and its logits, so that no part has a "
+            "share of its own in a logit. Use explain, which freezes that function at each photograph; or, for one "
+            "image, W, b = model.unembedding_at(cache['hook_representation'][0]), and attribute(model, image, W.T)."
+        )
     points = model.token_points(by) if tokens else model.component_points(by)
     hooks = [point.hook for point in points]
     lazy = [of] if isinstance(of, str) and of in model.hook_dict else []

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from vitdecomp_lens import storage
@@ -78,11 +78,10 @@ class TokenBlock:
             "component batch (row column) direction -> component batch direction row column",
             row=self.grid.rows,
         )
-        if mode == "nearest":
-            rows, columns = _under(height, self.grid.rows), _under(width, self.grid.columns)
-            return patches[..., rows[:, None].to(patches.device), columns.to(patches.device)]
-        down = _shares(height, self.grid.rows).to(patches)
-        across = _shares(width, self.grid.columns).to(patches)
+        covered, seen = self.grid.image_size, self.grid.seen or self.grid.image_size
+        lay = _centres if mode == "nearest" else _shares
+        down = lay(height, self.grid.rows, covered[0], seen[0]).to(patches)
+        across = lay(width, self.grid.columns, covered[1], seen[1]).to(patches)
         return einsum(down, patches, across, "height row, ... row column, width column -> ... height width")
 
     def with_values(self, values: Float[Tensor, "component batch token direction"]) -> "TokenBlock":
@@ -107,7 +106,8 @@ class TokenBlock:
         """The block of stored values, and what `pack` packed."""
         grid = packed["grid"]
         height, width = grid["image_size"]
-        tokens = TokenGrid(grid["rows"], grid["columns"], (height, width), tuple(grid["prefix"]))
+        seen = None if grid["seen"] is None else (grid["seen"][0], grid["seen"][1])
+        tokens = TokenGrid(grid["rows"], grid["columns"], (height, width), tuple(grid["prefix"]), seen)
         return cls(values, storage.unpack_components(packed["components"]), tokens)
 
 
@@ -127,18 +127,28 @@ def over_pixels(
     return torch.cat([block.to_pixels(height, width, mode=mode) for block in blocks])
 
 
-def _under(pixels: int, patches: int) -> Int[Tensor, "pixel"]:
-    """Along one axis, the patch that holds each pixel's centre."""
-    # (pixel + 1/2) / pixels · patches in whole numbers: rounding must not move a centre across an edge.
-    return (2 * torch.arange(pixels) + 1) * patches // (2 * pixels)
+def _centres(pixels: int, patches: int, covered: int, seen: int) -> Float[Tensor, "pixel patch"]:
+    """Along one axis, 1 at the patch that holds a pixel's centre: patches tile ``covered`` pixels of the model's image.
+
+    Pixels lie over the ``seen`` ones that the image has; where patches cover less, those beyond have none.
+    """
+    # (pixel + 1/2) / pixels · seen / covered · patches in whole numbers: rounding must not move a centre over an edge.
+    holds = (2 * torch.arange(pixels) + 1) * seen * patches // (2 * pixels * covered)
+    return (holds[:, None] == torch.arange(patches)).to(torch.float64)
 
 
-def _shares(pixels: int, patches: int) -> Float[Tensor, "pixel patch"]:
-    """Along one axis, the share of each patch's length that lies in each pixel. Each column sums to 1."""
-    start_of_pixel = torch.arange(pixels, dtype=torch.float64)[:, None] / pixels
+def _shares(pixels: int, patches: int, covered: int, seen: int) -> Float[Tensor, "pixel patch"]:
+    """Along one axis, the share of what is seen of each patch that lies in each pixel.
+
+    Each column sums to 1, but for those of patches of which nothing is seen.
+    """
+    length = seen / covered / pixels
+    start_of_pixel = torch.arange(pixels, dtype=torch.float64)[:, None] * length
     start_of_patch = torch.arange(patches, dtype=torch.float64) / patches
-    end = torch.minimum(start_of_pixel + 1 / pixels, start_of_patch + 1 / patches)
-    return (end - torch.maximum(start_of_pixel, start_of_patch)).clamp(min=0) * patches
+    end = torch.minimum(start_of_pixel + length, start_of_patch + 1 / patches)
+    shared = (end - torch.maximum(start_of_pixel, start_of_patch)).clamp(min=0)
+    whole = shared.sum(0, keepdim=True)
+    return shared / whole.where(whole > 0, 1)
 
 
 def describe_grid(grid: TokenGrid) -> str:

@@ -306,10 +306,12 @@ class TokenAttribution(Checked):
         """The scores of the patches laid over the image that they tile. Prefix tokens have no pixels.
 
         Args:
-            height: Height of the result; the patches cover all of it, whatever size the model saw.
+            height: Height of the result, which shows all of the model's image, whatever its size. Where a model pads,
+                its last patches reach beyond it.
             width: Width of the result.
             mode: ``"nearest"`` shows in each pixel the score of the patch that holds its centre. ``"density"``
-                spreads a patch's score evenly over its area, so that the sum over pixels is the sum over patches.
+                spreads a patch's score evenly over its area, so that the sum over pixels is the sum over patches,
+                but for those that lie in padding.
             max_bytes: How large the result may be.
 
         Returns:

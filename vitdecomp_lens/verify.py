@@ -153,18 +153,12 @@ def _perturb(module: nn.Module, seed: int) -> None:
 def _random_images(model: HookedViT, count: int, seed: int) -> Tensor:
     if count < 1:
         raise InputError(f"Expected at least one random image; got count={count}.")
-    spec = model.image_spec
-    size = spec.size or _configured_size(model.original)
+    spec, size = model.image_spec, model.usual_size()
     if size is None:
         raise InputError(
             "This model takes images of any size and does not say which is usual; pass images=, a batch to verify with."
         )
     return torch.randn(count, spec.channels, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def _configured_size(original: nn.Module) -> tuple[int, int] | None:
-    configured = (getattr(original, "pretrained_cfg", None) or {}).get("input_size")
-    return None if configured is None else tuple(configured[1:])
 
 
 # --- names ------------------------------------------------------------------------------------------------------

@@ -342,8 +342,8 @@ class _Compiled:
 
 def _warn_of_the_slow_way(error: Exception) -> None:
     message = (
-        f"{error}. The slow replay takes its place: exact, but one derivative for each direction, and all constants"
-        " are one component. To be fast, cut nearer to the output."
+        f"{error}. The slow replay takes its place: as exact, but slower, and all constants are one component named"
+        " 'constants'."
     )
     warnings.warn(message, VitDecompWarning, stacklevel=4)
 

@@ -217,7 +217,10 @@ STATISTICS = frozenset(
     {"aten::rsqrt", "aten::sqrt", "aten::linalg_vector_norm", "aten::norm", "aten::var", "aten::std"}
 )
 KEEPS_A_STATISTIC = frozenset(
-    aten("expand expand_as clamp_min clamp add unsqueeze reciprocal to _to_copy view reshape alias clone")
+    aten(
+        "expand expand_as clamp_min clamp add unsqueeze reciprocal to _to_copy view reshape flatten unflatten permute"
+        " transpose alias clone"
+    )
 ) | {"vitdecomp_lens::tag"}
 
 
@@ -283,9 +286,7 @@ def attention(node: Node, live: Container[Node]) -> Passage:
     return Passage("pattern", (node.args[2],))  # type: ignore[arg-type]
 
 
-KEEPS_A_PATTERN = KEEPS_A_STATISTIC | frozenset(
-    aten("dropout mul sub select slice permute transpose contiguous linear")
-)
+KEEPS_A_PATTERN = KEEPS_A_STATISTIC | frozenset(aten("dropout mul sub select slice contiguous linear"))
 
 
 def is_pattern(node: Any) -> bool:

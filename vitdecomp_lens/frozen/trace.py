@@ -202,7 +202,7 @@ def _root(graph: Graph, hook: str | None, of: Read, module: nn.Module) -> Node:
     if any(size != 1 for size in root.meta["val"].shape[1:-1]) or root.meta["val"].dim() < 2:
         shape = ", ".join(map(str, root.meta["val"].shape[1:]))
         raise InputError(
-            f"What is decomposed must be one vector an image, [batch, d]; of={of!r} is [batch, {shape}]. Pool it, for"
-            " example with of=lambda module, images: module(images).mean(1)."
+            f"What is decomposed must be one vector an image, [batch, d]; of={of!r} is [batch, {shape}]. Name a hook"
+            " with one vector an image, such as hook_representation, or pass a function that pools."
         )
     return root

@@ -37,7 +37,7 @@ def read_config(tower: Tower, name: str) -> HookedViTConfig:
         d_model=attn.W_O.shape[2],
         d_head=attn.W_O.shape[1],
         n_layers=len(tower.blocks),
-        n_heads=_only({block_attn.heads for block in tower.blocks for block_attn in block.attentions.values()}),
+        n_heads=attn.heads,
         n_ctx=len(tower.prefix) + rows * columns,
         d_vocab=-1 if tower.weights_out is None else tower.weights_out()[0].shape[1],
         model_name=name,
@@ -52,10 +52,6 @@ def read_config(tower: Tower, name: str) -> HookedViTConfig:
         default_prepend_bos=False,
         **known,
     )
-
-
-def _only(values: set[int]) -> int:
-    return values.pop() if len(values) == 1 else -1
 
 
 def _normalization(norms: Sequence[HookedNorm]) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformer_lens.utilities import Slice
 from vitdecomp_lens.components import By, Point, TokenGrid
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, near_matches
 from vitdecomp_lens.hooked import checks, preprocess, reading
-from vitdecomp_lens.hooked.blocks import HookedBlock
+from vitdecomp_lens.hooked.blocks import HookedBlock, PostNormBlock
 from vitdecomp_lens.hooked.clone import StructureWatch, clone_tree
 from vitdecomp_lens.hooked.config import read_config
 from vitdecomp_lens.hooked.registry import ImageSpec, find_adapter
@@ -28,7 +29,7 @@ HookList = Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]
 
 
 class HookedViT(HookedRootModule):
-    """A vision transformer with TransformerLens' hook points.
+    """A vision transformer with TransformerLens' hook points; ``list(model.hook_dict)`` names them.
 
     The module given is not changed: it keeps its structure, hooks and mode. Parameters and buffers are
     shared, so ``.to()``, ``.half()`` and ``load_state_dict`` on either reach both. Without hooks the output
@@ -39,11 +40,14 @@ class HookedViT(HookedRootModule):
     registered on them later do not, nor do hooks of the hooked model run in the original. Submodules and settings
     (``global_pool``, ``norm.eps``) changed later are not followed either: the next run refuses, and says which.
 
+    In models with stages ``cfg`` describes the first block, and the tools of TransformerLens that stack all layers
+    (``cache.accumulated_resid``, ``stack_head_results``) do not fit, as widths and tokens differ: use `decompose`.
+
     Do not use it for a module without adapter: ``vitdecomp_lens.trace`` works for any.
 
     Args:
-        module: A live timm ``VisionTransformer`` (any variant), an open_clip image tower or whole CLIP, or
-            a module whose class has an adapter of your own (`register_adapter`).
+        module: A live model of timm (of one of the classes in README, "Which models"), an open_clip image tower or
+            whole CLIP, or a module whose class has an adapter of your own (`register_adapter`).
 
     Raises:
         UnsupportedModelError: If the module has no adapter, or is wrapped already, compiled, replicated, quantised or
@@ -191,7 +195,7 @@ class HookedViT(HookedRootModule):
         def save(value: Tensor, hook: HookPoint, suffix: str) -> None:
             value = value.detach().to(device)
             if (axis := self._token_axis(str(hook.name))) is not None:
-                value = tokens.apply(value, dim=axis)
+                value = _sliced(tokens, value, axis, str(hook.name))
             kept[f"{hook.name}{suffix}"] = value[0] if remove_batch_dim and len(value) == 1 else value
 
         wanted = self._as_predicate(names_filter)
@@ -326,8 +330,16 @@ class HookedViT(HookedRootModule):
         Args:
             images: A batch, of which only the size matters.
             hook: At which hook; models with stages have larger tokens in later ones.
+
+        Raises:
+            UnknownNameError: If there is no such hook.
+            InputError: If the images have a wrong shape.
         """
-        return self._tower.grid_at(hook, images.shape[2], images.shape[3])
+        self._as_predicate(hook)
+        checks.check_shape(images, self.image_spec)
+        size = (images.shape[2], images.shape[3])
+        grid = self._tower.grid_at(hook, *size)
+        return grid if grid.image_size == size else replace(grid, seen=size)
 
     @property
     def stages(self) -> tuple[range, ...]:
@@ -343,6 +355,24 @@ class HookedViT(HookedRootModule):
 
     # Photographs ---------------------------------------------------------------------------------------
 
+    def usual_size(self) -> tuple[int, int] | None:
+        """Height and width that images have: the only ones, or those of timm's configuration that the model takes.
+
+        None where it does not say.
+        """
+        spec = self.image_spec
+        configured = (getattr(self.original, "pretrained_cfg", None) or {}).get("input_size")
+        if spec.size is not None or configured is None:
+            return spec.size
+        height, width = (
+            max(length // multiple, 1) * multiple
+            for length, multiple in zip(configured[1:], spec.multiple_of, strict=True)
+        )
+        return height, width
+
+    def _transform(self) -> Any:
+        return self._adapter.transform(self.original, self.usual_size())
+
     def preprocess(self, images: Sequence[Image.Image | str | Path]) -> Float[Tensor, "batch channel height width"]:
         """Turn photographs, upright as their EXIF data say, into a batch, as the library does for evaluation.
 
@@ -352,12 +382,12 @@ class HookedViT(HookedRootModule):
         Raises:
             InputError: If there are none, or a file cannot be read.
         """
-        batch = preprocess.to_batch(images, self._adapter.transform(self.original))
+        batch = preprocess.to_batch(images, self._transform())
         return batch.to(self._weight.device, self._weight.dtype)
 
     def preprocess_geometry(self, image: Image.Image | str | Path) -> tuple[float, float, float, float]:
         """Return the rectangle of an upright photograph that the model sees: left, top, right, bottom in pixels."""
-        return preprocess.seen_rectangle(image, self._adapter.transform(self.original))
+        return preprocess.seen_rectangle(image, self._transform())
 
     # State, in the original's terms --------------------------------------------------------------------
 
@@ -403,10 +433,10 @@ class HookedViT(HookedRootModule):
     @property
     def has_activation_before_classifier(self) -> bool:
         """Whether an activation function stands between representation and output; then there is no ``W_U``."""
-        return self._tower.frozen_weights_out is not None
+        return self._tower.curved
 
     def unembedding_at(
-        self, representation: Float[Tensor, "d_rep"]
+        self, representation: Float[Tensor, "..."]
     ) -> tuple[Float[Tensor, "d_rep class"], Float[Tensor, "class"]]:
         """Return ``W_U`` and ``b_U``, whatever stands between representation h and classifier frozen at one image.
 
@@ -414,8 +444,13 @@ class HookedViT(HookedRootModule):
         the model computes of h. Without one, these are ``W_U`` and ``b_U`` themselves.
 
         Args:
-            representation: That of the image.
+            representation: That of the image, a vector.
+
+        Raises:
+            InputError: If it is no vector, or the model has no classifier.
         """
+        if representation.dim() != 1:
+            raise InputError(f"Expected one image's vector, [d_rep]; got {list(representation.shape)}. Take one: h[0].")
         frozen = self._tower.frozen_weights_out
         return self._weights_out() if frozen is None else frozen(representation)
 
@@ -434,6 +469,13 @@ class HookedViT(HookedRootModule):
             mlp_input: Whether to include that block's attention.
             include_mlp_biases: Whether to include MLPs.
         """
+        if not 0 <= layer <= len(self.hooked_blocks):
+            raise InputError(f"Expected a layer from 0 to {len(self.hooked_blocks)}; got {layer}.")
+        if any(isinstance(block, PostNormBlock) for block in self.hooked_blocks):
+            raise InputError(
+                "In this model a norm stands between a branch's bias and the stream, so that what the bias adds "
+                "depends on the image. decompose has the norm's own shift as a component."
+            )
         if self._tower.grid_of is not None:
             raise InputError(
                 "The residual stream of this model has other tokens, or another width, in later blocks, so that biases "
@@ -455,3 +497,12 @@ class HookedViT(HookedRootModule):
     def to_single_token(self, token: int) -> int:
         """Return a class number as it is."""
         return token
+
+
+def _sliced(tokens: Slice, value: Tensor, axis: int, name: str) -> Tensor:
+    try:
+        return tokens.apply(value, dim=axis)
+    except IndexError as error:
+        raise InputError(
+            f"pos_slice does not fit {name}, which has {value.shape[axis]} tokens. Choose the hooks with names_filter=."
+        ) from error

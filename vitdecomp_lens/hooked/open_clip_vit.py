@@ -125,7 +125,7 @@ class Projection:
 class OpenClipTransform(Adapter):
     """What open_clip's towers share: their evaluation transform."""
 
-    def transform(self, original: Any) -> Any:
+    def transform(self, original: Any, size: tuple[int, int] | None) -> Any:
         """open_clip's evaluation transform for the tower's configuration."""
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -204,6 +204,6 @@ class WholeClipAdapter(Adapter):
         """Hook the tower by its own adapter."""
         return find_adapter(clone).hook(clone)
 
-    def transform(self, original: nn.Module) -> Any:
+    def transform(self, original: nn.Module, size: tuple[int, int] | None) -> Any:
         """Return the tower's transform."""
-        return find_adapter(original).transform(original)
+        return find_adapter(original).transform(original, size)

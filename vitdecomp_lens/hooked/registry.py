@@ -49,6 +49,7 @@ class Tower:
         weights_out: ``W_U`` and ``b_U`` of the map from representation to output, live; None where there is no such
             map.
         no_weights_out: Why not.
+        curved: Whether an activation function stands between representation and output.
         frozen_weights_out: The same at one image's representation, where an activation function stands in between:
             from the representation [d_rep].
         constant_query: Whether the attention pool's query, if there is a pool, is a learned constant.
@@ -67,6 +68,7 @@ class Tower:
     patch_size: tuple[int, int]
     weights_out: Callable[[], tuple[Any, Any]] | None = None
     no_weights_out: str = "This model has no classifier or projection: its representation is its output."
+    curved: bool = False
     frozen_weights_out: Callable[[Any], tuple[Any, Any]] | None = None
     constant_query: bool = True
     pooled: bool = False
@@ -96,8 +98,13 @@ class Adapter(ABC):
         """Put hook points into a cloned tower."""
 
     @abstractmethod
-    def transform(self, original: nn.Module) -> Any:
-        """Return the library's own evaluation transform for a model, from PIL image to tensor."""
+    def transform(self, original: nn.Module, size: tuple[int, int] | None) -> Any:
+        """Return the library's own evaluation transform for a model, from PIL image to tensor.
+
+        Args:
+            original: The model.
+            size: Height and width that images must have; None where those of its configuration will do.
+        """
 
 
 AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
@@ -134,7 +141,7 @@ def register_adapter(*class_names: str) -> Callable[[AdapterClass], AdapterClass
         >>> @register_adapter("my_models:MyViT")
         ... class MyAdapter(Adapter):
         ...     def hook(self, clone): ...
-        ...     def transform(self, original): ...
+        ...     def transform(self, original, size): ...
         >>> register_adapter("my_models:MyViT")(MyAdapter)
         Traceback (most recent call last):
             ...

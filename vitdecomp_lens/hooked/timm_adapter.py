@@ -14,9 +14,10 @@ from vitdecomp_lens.hooked.registry import Adapter
 class TimmAdapter(Adapter):
     """Hooks a family of timm's."""
 
-    def transform(self, original: Any) -> Any:
-        """Return timm's evaluation transform for the model's configuration."""
-        return create_transform(**resolve_data_config({}, model=original), is_training=False)
+    def transform(self, original: Any, size: tuple[int, int] | None) -> Any:
+        """Return timm's evaluation transform for the model's configuration, and its images' size."""
+        options = {} if size is None else {"input_size": (getattr(original, "in_chans", 3), *size)}
+        return create_transform(**resolve_data_config(options, model=original), is_training=False)
 
 
 class Classifier:

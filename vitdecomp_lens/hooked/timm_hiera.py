@@ -324,7 +324,7 @@ class TimmHieraAdapter(TimmAdapter):
         clone.head.drop.register_forward_hook(OutputTap(point))
         if not pooled:
             lay_out((*_points(norm), point), blocks[-1].after)
-        ends = [end + 1 for end in clone.stage_ends]
+        ends = sorted({min(end + 1, len(blocks)) for end in clone.stage_ends})  # later stages may be pruned
         stages = tuple(range(first, end) for first, end in zip((0, *ends), ends, strict=False))
         tokens = _grids(clone, blocks, stages)
         return Tower(

@@ -21,7 +21,8 @@ from vitdecomp_lens.hooked.timm_maxxvit_blocks import WholeBlock, grid_norm, hoo
 STEM_STRIDE = 2
 BEHIND_ACTIVATION = (
     "This model has no linear map from its representation to its output: an activation function (tanh) stands between "
-    "the two. Its representation is what enters that."
+    "the two. Its representation is what enters that. explain reads logits; so do, for one image, directions of "
+    "model.unembedding_at(cache['hook_representation'][0])."
 )
 
 
@@ -65,7 +66,7 @@ class TimmMaxxVitAdapter(TimmAdapter):
             grid_of=tokens,
         )
         if hidden:
-            tower.no_weights_out = BEHIND_ACTIVATION
+            tower.curved, tower.no_weights_out = True, BEHIND_ACTIVATION
             tower.frozen_weights_out = None if clone.num_classes == 0 else FrozenClassifier(clone.head)
         return tower
 
