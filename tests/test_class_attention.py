@@ -68,6 +68,7 @@ CLASS = TokenGrid(0, 0, (32, 32), ("CLS",))
 @pytest.mark.parametrize("name", ["cait", "xcit", "xcit_tokens_norm"])
 def test_grids_say_which_tokens_a_hook_sees(name):
     model, images = exact(name)
+    model.set_use_attn_result(True)
     grid_at = lambda hook: model.token_grid(images, hook)  # noqa: E731
     assert model.token_grid(images) == PATCHES
     assert {grid_at(h) for h in ("hook_full_embed", "blocks.1.attn.hook_v", "blocks.1.hook_resid_post")} == {PATCHES}
