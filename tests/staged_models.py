@@ -129,7 +129,6 @@ ONE_OF_EACH_KIND = frozenset(
         "swin_v2_padded",
         "swin_v2_cr_by_ratio",
         "maxvit_tf",
-        "maxvit_channels_first",
         "coatnet_rmlp",
         "hiera_not_square",
     ]
