@@ -471,15 +471,15 @@ class HookedViT(HookedRootModule):
         """
         if not 0 <= layer <= len(self.hooked_blocks):
             raise InputError(f"Expected a layer from 0 to {len(self.hooked_blocks)}; got {layer}.")
-        if any(isinstance(block, PostNormBlock) for block in self.hooked_blocks):
-            raise InputError(
-                "In this model a norm stands between a branch's bias and the stream, so that what the bias adds "
-                "depends on the image. decompose has the norm's own shift as a component."
-            )
         if self._tower.grid_of is not None:
             raise InputError(
                 "The residual stream of this model has other tokens, or another width, in later blocks, so that biases "
                 "of different blocks cannot be added up. decompose has them as components."
+            )
+        if any(isinstance(block, PostNormBlock) for block in self.hooked_blocks):
+            raise InputError(
+                "In this model a norm stands between a branch's bias and the stream, so that what the bias adds "
+                "depends on the image. decompose has the norm's own shift as a component."
             )
         total = torch.zeros(self.cfg.d_model, device=self._weight.device, dtype=self._weight.dtype)
         for number, block in enumerate(self.hooked_blocks[: layer + mlp_input]):
