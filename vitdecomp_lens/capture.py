@@ -112,7 +112,7 @@ def capture(
 
     def keep(name: str, value: Tensor) -> None:
         if name not in waiting:
-            raise refuse_repeated(name)
+            raise repeated_error(name)
         waiting.remove(name)
         if name in changed:
             kept[name] = program.keep(name, value - before.pop(name))
@@ -171,7 +171,7 @@ class _Leaves:
         return self._read
 
 
-def refuse_repeated(name: str) -> InputError:
+def repeated_error(name: str) -> InputError:
     """What to say where the model runs twice."""
     return InputError(
         f"The model ran more than once: {name} was met twice. Decompose each run by itself, and add up what they give:"

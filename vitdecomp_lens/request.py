@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vitdecomp_lens.capture import Captured, Shelf, capture, changed_on_the_path, kept_size, refuse_repeated
+from vitdecomp_lens.capture import Captured, Shelf, capture, changed_on_the_path, kept_size, repeated_error
 from vitdecomp_lens.components import By, Component, Point
 from vitdecomp_lens.coverage import Coverage
 from vitdecomp_lens.decomposable import Decomposable
@@ -78,10 +78,11 @@ class Request:
         if components is None:
             return list(range(len(self.everything)))
         known = {component.label: row for row, component in enumerate(self.everything)}
-        for label in [components] if isinstance(components, str) else components:
+        wanted = [components] if isinstance(components, str) else components
+        for label in wanted:
             if label not in known:
                 raise UnknownNameError(f"There is no component {label!r}; {near_matches(label, known)}")
-        return [known[label] for label in dict.fromkeys([components] if isinstance(components, str) else components)]
+        return [known[label] for label in dict.fromkeys(wanted)]
 
     def labelled(self, components: Sequence[str] | None) -> tuple[bool, tuple[Component, ...]]:
         """The components asked for, and whether they are all there are."""
@@ -132,7 +133,7 @@ def make_request(
     lazy = [of] if isinstance(of, str) and of in model.hook_dict else []
     graph = trace(model, images[:1], of="representation" if of == "embedding" else of, listened=[*hooks, *lazy])
     if graph.repeated is not None:
-        raise refuse_repeated(graph.repeated)
+        raise repeated_error(graph.repeated)
     graph = graph.with_hooks(name for name, point in model.hook_dict.items() if is_hooked(point))
     if directions is not None:
         directions = _checked_directions(directions, sizes(graph.root)[-1], images)

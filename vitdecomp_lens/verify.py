@@ -46,7 +46,8 @@ def verify(
     """Measure whether a model is supported: parity, gaps of every cut, coverage, live hooks, cost.
 
     Gaps are those of ``by="layer"``, ``"head"`` and ``"neuron"``, read at the representation and at the logits, whole
-    and by token, in float32 and in float64. A hook is live if noise added to its value changes the output, in float64.
+    and by token, in float32 and in float64. A hook is live if the output has a derivative by a step at its value, in
+    float64.
 
     Args:
         model: A `HookedViT`, or a module that has an adapter. It is not changed; hooks on it take no part.
