@@ -25,6 +25,7 @@ from vitdecomp_lens.frozen.pairs import NoFastPathError, Pairs, Tape, matched_gr
 from vitdecomp_lens.frozen.program import Program
 from vitdecomp_lens.frozen.slow import ReplayedCut
 from vitdecomp_lens.frozen.trace import trace
+from vitdecomp_lens.request import make_request, on_pieces
 
 functional = nn.functional
 TINY = {"img_size": 32, "embed_dim": 16, "num_classes": 5}
@@ -268,6 +269,65 @@ def test_tokens_that_nothing_reads_are_not_kept():
     program = graph.program(cut, dtype=torch.float64)
     assert program.kept_rows("blocks.1.hook_mlp_out") == (1, 0, 1)
     assert program.keep("blocks.1.hook_mlp_out", torch.zeros(3, 17, 32)).shape == (3, 1, 32)
+
+
+def pooled_then_normed(m, s, x):
+    return functional.layer_norm(s.mean(1), (6,))
+
+
+def pooled_twice(m, s, x):
+    """Both halves have weights of one number an image, but not the same."""
+    first, second = m.lifted("first", x, 1).sigmoid(), m.lifted("second", x, 1).sigmoid()
+    return first * s[:, :2].mean(1) + second * s[:, 2:].mean(1)
+
+
+@pytest.mark.parametrize(
+    ("tail", "known"),
+    [
+        (pooled_then_normed, True),
+        (lambda m, s, x: s.mean(1) + functional.rms_norm(s.mean(1), (6,)), False),
+        (lambda m, s, x: m.lifted("gate", x, 1).sigmoid() * s.mean(1), True),
+        (lambda m, s, x: functional.layer_norm(s, (6,)).mean(1), False),
+        (pooled_twice, False),
+        (lambda m, s, x: s.flatten(1), False),  # as many sums as tokens
+    ],
+    ids=["norm", "norm and skip", "gate", "norm before", "two gates", "no pooling"],
+)
+def test_tokens_are_summed_during_the_run_where_one_number_scales_their_weights(tail, known):
+    model = Lifted((4, 6), tail)
+    with torch.no_grad():
+        model(images())
+    graph, x = trace(model.double().eval(), images()), images(3, seed=1)
+    cut = graph.cut(["hook_source"])
+    program, recorded = graph.program(cut, dtype=torch.float64), graph.record(x)
+    assert program.summed_first == ({"hook_source"} if known else set())
+    if known:
+        value = recorded[cut.points["hook_source"]]
+        sums = {"hook_source": program.summed("hook_source", value, program.known_weights(3), 3)}
+        weights = program.weights_at(recorded, 3)
+        found = program.contributions(sums, weights, 3, summed=sums)["hook_source"][0]
+        close(found, alone(graph, cut, recorded, "hook_source", value))
+
+
+def test_what_is_summed_during_the_run_is_not_kept():
+    request = make_request(
+        HookedViT(TINY_MODELS["mean_pool_fc_norm"]()),
+        images_for("mean_pool_fc_norm", 3),
+        "head",
+        "representation",
+        None,
+        tokens=False,
+    )
+    kept = []
+    on_pieces(
+        request,
+        [],
+        lambda _images, captured: kept.append(captured.kept),
+        dict.fromkeys(request.program.summed_first, lambda _images, _part: None),
+        batch_size=None,
+    )
+    assert request.program.summed_first == {point.hook for point in request.met}
+    assert kept == [{}]
 
 
 def test_equal_weights_that_cancel_are_still_read():

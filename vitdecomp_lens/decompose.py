@@ -7,6 +7,7 @@ the model natively, and take what it computed through the compiled cut. They kno
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -216,11 +217,20 @@ def _contributions(
     rows = sum(len(request.components_of(p)) for p in read) + len(request.others)
     refuse_too_large((rows, count, program.directions), program.dtype, max_bytes, "component batch direction")
 
-    def use(_first: int, captured: Captured) -> tuple[Tensor, Tensor]:
+    sums: dict[str, Tensor] = {}
+    known = cache(program.known_weights)  # by the size of a piece
+
+    def sum_at_once(hook: str, images: slice, part: Tensor) -> None:
+        batch = images.stop - images.start
+        sums[hook] = program.summed(hook, part, known(batch), batch)
+
+    at_once = {p.hook: partial(sum_at_once, p.hook) for p in read if p.hook in program.summed_first}
+
+    def use(_images: slice, captured: Captured) -> tuple[Tensor, Tensor]:
         batch = len(captured.total)
         weights = program.weights(captured.read, batch)
         names = [p.hook for p in read] + list(request.changed)
-        written = program.contributions(captured.kept, weights, batch, only=names)
+        written = program.contributions({**captured.kept, **sums}, weights, batch, only=names, summed=sums)
         values = torch.cat([*(written[name] for name in names), program.shifted(weights, batch)])
         found = [c for p in read for c in request.components_of(p)] + list(request.others)
         if found == list(wanted):
@@ -228,7 +238,7 @@ def _contributions(
         row_of = {component: row for row, component in enumerate(found)}
         return values[[row_of[component] for component in wanted]], captured.total
 
-    pieces, totals = zip(*on_pieces(request, [p.hook for p in read], use, batch_size=batch_size), strict=True)
+    pieces, totals = zip(*on_pieces(request, [p.hook for p in read], use, at_once, batch_size=batch_size), strict=True)
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)), torch.cat(totals)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -49,7 +49,7 @@ class Request:
         assert self.directions is not None
         return self.directions
 
-    @property
+    @cached_property
     def met(self) -> tuple[Point, ...]:
         """The points that a walk from the output meets."""
         return tuple(point for point in self.points if point.hook in self.cut.points)
@@ -61,13 +61,13 @@ class Request:
         size = 1 if point.axis is None else sizes(self.graph.points[point.hook])[point.axis]
         return point.components(size)
 
-    @property
+    @cached_property
     def others(self) -> tuple[Component, ...]:
         """Components that are not read at a point: interventions and constants."""
         changed = tuple(Component(kind="intervention", name=name) for name in self.changed)
         return changed + tuple(Component(kind="constant", name=name) for name in self.program.constants)
 
-    @property
+    @cached_property
     def everything(self) -> tuple[Component, ...]:
         """All components, those that are read at points first."""
         found = [c for point in self.met for c in self.components_of(point)]
@@ -172,8 +172,8 @@ def _checked_directions(directions: Any, d_rep: int, images: Tensor) -> Tensor:
 def on_pieces(
     request: Request,
     reads: Collection[str],
-    use: Callable[[int, Captured], T],
-    at_once: Mapping[str, Callable[[int, Tensor], None]] | None = None,
+    use: Callable[[slice, Captured], T],
+    at_once: Mapping[str, Callable[[slice, Tensor], None]] | None = None,
     *,
     batch_size: int | None,
 ) -> list[T]:
@@ -182,9 +182,9 @@ def on_pieces(
     Args:
         request: What is asked for.
         reads: At which points.
-        use: Gets the number of a piece's first image, and what its run left.
-        at_once: What to do with the value at some of the points during the run, by the number of the piece's first
-            image, in place of keeping it.
+        use: Gets which images a piece has, and what its run left.
+        at_once: What to do during the run with what is read at some of the points, in place of keeping it; gets which
+            images the piece has.
         batch_size: How many images a piece has; by default as many as keep little.
     """
     images, model, graph, program = request.images, request.model, request.graph, request.program
@@ -199,12 +199,21 @@ def on_pieces(
     results = []
     with torch.set_grad_enabled(differentiable):
         for first in range(0, len(images), batch_size):
-            piece, here = images[first : first + batch_size], {n: partial(f, first) for n, f in at_once.items()}
+            which = slice(first, min(first + batch_size, len(images)))
+            here = {name: partial(function, which) for name, function in at_once.items()}
             captured = capture(
-                run, piece, model.hook_dict, graph, program, kept, changed=request.changed, at_once=here, shelf=shelf
+                run,
+                images[which],
+                model.hook_dict,
+                graph,
+                program,
+                kept,
+                changed=request.changed,
+                at_once=here,
+                shelf=shelf,
             )
             with in_full_precision(images.device):
-                results.append(use(first, captured))
+                results.append(use(which, captured))
             del captured  # or it would outlive the next run
             if shelf is not None:
                 shelf.clear()

@@ -77,11 +77,10 @@ class TokenMaps:
     def _sums_heads(self, point: Point) -> bool:
         return point.axis is not None and len(self.request.components_of(point)) == 1
 
-    def add(self, first: int, captured: Captured) -> None:
+    def add(self, images: slice, captured: Captured) -> None:
         """Write one piece of the batch."""
         program, batch = self.request.program, len(captured.total)
         weights = program.weights(captured.read, batch)
-        images = slice(first, first + batch)
         for point in self.tokened:
             if point in self.direct:
                 program.weigh(point.hook, weights, self._rows_of(point, images))
@@ -93,12 +92,11 @@ class TokenMaps:
         self.total[images] = vectors @ self.request.along.T
         self.norm[images] = vectors.norm(dim=-1, keepdim=True)
 
-    def at_once(self) -> dict[str, Callable[[int, Tensor], None]]:
+    def at_once(self) -> dict[str, Callable[[slice, Tensor], None]]:
         """What is written during the run, at points whose values need not be kept until the weights are known."""
 
-        def write(point: Point, first: int, value: Tensor) -> None:
-            images = slice(first, first + value.shape[0])
-            self.request.program.unweighted(point.hook, value, self._rows_of(point, images))
+        def write(point: Point, images: slice, part: Tensor) -> None:
+            self.request.program.unweighted(point.hook, part, self._rows_of(point, images))
 
         return {point.hook: partial(write, point) for point in self.direct}
 

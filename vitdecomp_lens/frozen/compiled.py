@@ -1,7 +1,7 @@
 """What a compiled cut can be asked: one interface, a fast way (``program.py``) and a slow one (``slow.py``)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,19 @@ class CompiledCut(ABC):
         """A copy of that part: the rest is freed, and a later hook may write in place."""
         return self.part(point, value).clone()
 
+    @property
+    def summed_first(self) -> frozenset[str]:
+        """Points of whose values `summed` keeps little: their weights are known before the run, but for a scale."""
+        return frozenset()
+
+    def known_weights(self, batch: int) -> Any:
+        """The weights that are the same at every batch of this size: what `summed` takes."""
+        raise NotImplementedError
+
+    def summed(self, point: str, part: Tensor, known: Any, batch: int) -> Tensor:
+        """What `contributions` takes of a point in place of a part of its value. Only for `summed_first`."""
+        raise NotImplementedError
+
     @abstractmethod
     def weights(self, read: Mapping[Leaf, Any], batch: int) -> Any:
         """The frozen map at one batch, from what the leaves read: what the methods below take as ``weights``."""
@@ -78,9 +91,18 @@ class CompiledCut(ABC):
 
     @abstractmethod
     def contributions(
-        self, kept: Mapping[str, Tensor], weights: Any, batch: int, *, only: Iterable[str] | None = None
+        self,
+        kept: Mapping[str, Tensor],
+        weights: Any,
+        batch: int,
+        *,
+        only: Iterable[str] | None = None,
+        summed: Collection[str] = (),
     ) -> dict[str, Float[Tensor, "split batch direction"]]:
-        """What each point writes along each direction, from the parts of its value that `keep` gave."""
+        """What each point writes along each direction, from the parts of its value that `keep` gave.
+
+        At the points ``summed``, from what `summed` gave.
+        """
 
     @abstractmethod
     def shifted(self, weights: Any, batch: int) -> Float[Tensor, "constant batch direction"]:

@@ -51,9 +51,10 @@ def traces_of(module: nn.Module) -> Traces:
     return kept
 
 
-# The last two are TransformerLens' book-keeping while hooks are on.
-_STEERS_NOTHING = frozenset(nn.Module().__dict__) - {"training"} | {_ATTRIBUTE, "context_level", "is_caching"}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_HOOKS = frozenset({"_forward_pre_hooks", "_forward_hooks"})
+_WEIGHTS = frozenset({"_parameters", "_buffers"})
+_BOOKS = {_ATTRIBUTE, "context_level", "is_caching"}  # the last two TransformerLens keeps while hooks are on
+_STEERS_NOTHING = frozenset(nn.Module().__dict__) - {"training", *_HOOKS, *_WEIGHTS} | _BOOKS
 
 
 def state_of(module: nn.Module) -> list[Any]:
@@ -67,11 +68,13 @@ def state_of(module: nn.Module) -> list[Any]:
             continue
         found.append(child)
         for name, value in child.__dict__.items():
+            if name in _STEERS_NOTHING:  # nearly all names do; this runs at every request
+                continue
             if name in _HOOKS:
                 found += value.values()
-            elif name in ("_parameters", "_buffers"):  # which there are; their values are read anew
+            elif name in _WEIGHTS:  # which there are; their values are read anew
                 found += [item for key, tensor in value.items() for item in (key, tensor is None)]
-            elif name not in _STEERS_NOTHING:
+            else:
                 found.append(name)
                 _collect(value, found)
     return found

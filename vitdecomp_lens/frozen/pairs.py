@@ -14,7 +14,7 @@ that change who owns a dimension.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -65,9 +65,13 @@ class Pairs:
 class Tape:
     """A little program for the weights A, recorded once and run for each batch.
 
-    A slot is either a leaf, a function of some nodes' values, or a step, a function of earlier slots. While it
-    is recorded every slot has an example, computed from arbitrary leaves: its zeros are the tokens that no path
-    reads. (Leaves of ones would show more zeros, where equal weights cancel.)
+    A slot is either a leaf, a function of some nodes' values, or a step, a function of earlier slots; every step is
+    linear in the weights that it passes on, its first slot. While the tape is recorded every slot has an example,
+    computed from arbitrary leaves: its zeros are the tokens that no path reads. (Leaves of ones would show more zeros,
+    where equal weights cancel.)
+
+    Weights that pass a single number an image, as at a pooled vector, are that number times weights that no image
+    changes: its slot is their scale.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -76,26 +80,23 @@ class Tape:
         self._steps: list[tuple[Callable[..., Tensor], tuple[int, ...]]] = []
         self._leaves: dict[int, Leaf] = {}
         self._leaf_slots: dict[tuple[tuple[Node, ...], str], int] = {}
-        self._batch = -1
+        self._scales: list[int | None] = []
+        self._numbers: dict[int, tuple[int, ...]] = {}  # shapes of slots with one number an image; the batch is -1
         self._generator = torch.Generator().manual_seed(0)
-        self._after_batch: tuple[int, ...] = ()
 
     def ones(self, *size: int) -> Tensor:
         """Ones of the dtype in which the tape computes; they share one number's memory."""
         return torch.ones((), dtype=self.dtype, device=self.device).expand(size)
 
     def start(self, batch: int, dims: int) -> int:
-        """The slot at an output of ``dims`` dimensions: one an image, ``[1, batch, 1, ...]``."""
-        self._after_batch = (1,) * (dims - 1)
-        self._batch = self._add(self.ones(1, batch, *self._after_batch), self.ones, ())
-        return self._batch
+        """The first slot, at an output of ``dims`` dimensions: one an image, ``[1, batch, 1, ...]``."""
+        return self._add(self.ones(1, batch, *[1] * (dims - 1)), self.ones, ())
 
     def leaf(self, nodes: tuple[Node, ...], what: str, read: Callable[..., Tensor], shape: Sequence[int]) -> int:
         """The slot of ``read(values of nodes)``; ``what`` tells different readings of the same nodes apart."""
         if (nodes, what) not in self._leaf_slots:
             slot = self._leaf_slots[nodes, what] = self._add(self._arbitrary(shape), read, ())
-            batch = self.examples[self._batch].shape[1]
-            self._leaves[slot] = Leaf(nodes, self._in_dtype(read), math.prod(shape) // batch)
+            self._leaves[slot] = Leaf(nodes, self._in_dtype(read), math.prod(shape) // self.examples[0].numel())
         return self._leaf_slots[nodes, what]
 
     def _in_dtype(self, read: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -110,31 +111,53 @@ class Tape:
         return self._add(function(*(self.examples[slot] for slot in slots)), function, slots)
 
     def _add(self, example: Tensor, function: Callable[..., Tensor], slots: tuple[int, ...]) -> int:
+        slot = len(self._steps)
         self.examples.append(example)
         self._steps.append((function, slots))
-        return len(self._steps) - 1
+        self._scales.append(self._scale_of(slot, function, slots))
+        return slot
 
-    def needed(self, outputs: Sequence[int]) -> tuple[list[int], list[Leaf]]:
-        """The slots that ``outputs`` are computed from, in order, and the leaves among them."""
+    def _scale_of(self, slot: int, function: Callable[..., Tensor], slots: tuple[int, ...]) -> int | None:
+        if (slots or slot == 0) and self.examples[slot].numel() == self.examples[0].numel():
+            self._numbers[slot] = tuple(1 if size == 1 else -1 for size in self.examples[slot].shape)
+            return slot
+        scales = {self._scales[s] for s in slots}
+        return scales.pop() if len(scales) == 1 and (len(slots) == 1 or function is torch.add) else None
+
+    def scale(self, slot: int) -> int | None:
+        """The slot of the one number an image that weights are scaled by; None where more tells images apart."""
+        return self._scales[slot]
+
+    def needed(self, outputs: Sequence[int], *, given: Collection[int] = ()) -> tuple[list[int], list[Leaf]]:
+        """The slots that ``outputs`` are computed from, in order, as far back as ``given``; the leaves among them."""
         slots: set[int] = set()
         ahead = list(outputs)
         while ahead:
             slot = ahead.pop()
             if slot not in slots:
                 slots.add(slot)
-                ahead += self._steps[slot][1]
+                ahead += self._steps[slot][1] if slot not in given else ()
         return sorted(slots), [self._leaves[s] for s in sorted(slots) if s in self._leaves]
+
+    def known(self, outputs: Sequence[int], batch: int) -> dict[int, Tensor]:
+        """What ``outputs`` are, less their scales."""
+        scales = {scale for slot in outputs if (scale := self._scales[slot]) is not None}
+        slots, _ = self.needed(outputs, given=scales)
+        return self._run(slots, {scale: self._ones_an_image(scale, batch) for scale in scales})
 
     def run(self, slots: Sequence[int], read: Mapping[Leaf, Tensor], batch: int) -> dict[int, Tensor]:
         """Compute the slots for a batch from what its leaves read."""
-        found: dict[int, Tensor] = {}
+        given = {slot: read[self._leaves[slot]] for slot in slots if slot in self._leaves}
+        return self._run(slots, {0: self._ones_an_image(0, batch), **given})
+
+    def _ones_an_image(self, slot: int, batch: int) -> Tensor:
+        return self.ones(*(batch if size < 0 else size for size in self._numbers[slot]))
+
+    def _run(self, slots: Sequence[int], given: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        found = dict(given)
         for slot in slots:
-            function, inputs = self._steps[slot]
-            if slot == self._batch:
-                found[slot] = self.ones(1, batch, *self._after_batch)
-            elif slot in self._leaves:
-                found[slot] = read[self._leaves[slot]]
-            else:
+            if slot not in found:
+                function, inputs = self._steps[slot]
                 found[slot] = function(*(found[i] for i in inputs))
         return found
 

@@ -6,7 +6,8 @@ followed by one product with M. With the identity as directions the outcome is e
 with K directions it is K scores a component, and no vector is ever made (pull).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +30,11 @@ class Term:
     Attributes:
         weights: Slot of A.
         order: Permutation of the point's dimensions to batch, A's, the split one, M's.
-        tokens: Which of the flattened tokens some path reads; None where all are.
-        rows: The same as a range of one dimension of the value, where only these need to be kept.
+        rows: Which range of one dimension of the value some path reads, where only this needs to be kept.
         split_in_a: Whether A differs along the split dimension.
         maps: ``[split or 1, r * channels, direction]``, channels fastest.
         maps_number: Equal for terms whose maps are the same.
+        tokens: How many tokens the point's value has.
     """
 
     weights: int
@@ -46,6 +47,7 @@ class Term:
     rank: int
     rows: tuple[int, int, int] | None
     maps_number: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,33 @@ class Program(CompiledCut):
         self.points = tuple(terms)
         self.constants = tuple(dict.fromkeys(shift.name for shift in shifts))
         self.slots, self.leaves = tape.needed(slots)
+        self._summed_first = frozenset(p for p, several in terms.items() if self._is_summed_first(several))
         tape.forget_examples()
+
+    @property
+    def summed_first(self) -> frozenset[str]:
+        """Points whose tokens are pooled alike in all images, but for a scale: the norm comes after the pooling.
+
+        Where there are as many sums as tokens, nothing is won.
+        """
+        return self._summed_first
+
+    def _scale(self, term: Term, weights: Mapping[int, Tensor]) -> Float[Tensor, "batch 1"]:
+        slot = self.tape.scale(term.weights)
+        assert slot is not None
+        return weights[slot].reshape(-1, 1)
+
+    def _is_summed_first(self, terms: Sequence[Term]) -> bool:
+        return [self.tape.scale(t.weights) is not None and 2 * t.rank <= t.tokens for t in terms] == [True]
+
+    def known_weights(self, batch: int) -> dict[int, Tensor]:
+        """The weights A of `summed_first`, less their scales."""
+        return self.tape.known([self.terms[point][0].weights for point in self._summed_first], batch)
+
+    def summed(self, point: str, part: Tensor, known: Mapping[int, Tensor], batch: int) -> Tensor:
+        """Σ_tokens A X for the only term, less A's scale."""
+        (term,) = self.terms[point]
+        return self._summed(term, self.kept_rows(point), part, known[term.weights], batch)
 
     def kept_rows(self, point: str) -> tuple[int, int, int] | None:
         """The rows that its only term reads; all where there are several, and none where nothing is read."""
@@ -96,14 +124,18 @@ class Program(CompiledCut):
         batch: int,
         *,
         only: Iterable[str] | None = None,
+        summed: Collection[str] = (),
     ) -> dict[str, Float[Tensor, "split batch direction"]]:
-        """What each point writes along each direction, from the parts of its value that `keep` gave."""
+        """What each point writes along each direction; at the points ``summed`` a scale and M are left to apply."""
         points = list(self.terms if only is None else only)
         found: dict[str, Tensor] = {}
         waiting: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
         for point in points:
             for term in self.terms[point]:
-                sums = self._summed(term, self.kept_rows(point), kept[point], weights[term.weights], batch)
+                if point in summed:
+                    sums = kept[point] * self._scale(term, weights)
+                else:
+                    sums = self._summed(term, self.kept_rows(point), kept[point], weights[term.weights], batch)
                 if term.split is None:  # many points share one M: one product for all of them
                     waiting.setdefault(term.maps_number, []).append((point, sums[0], term.maps[0]))
                 else:
@@ -329,7 +361,8 @@ def _term(node: Node, pairs: Pairs, split: int | None, tape: Tape, laid_out: _La
     number, _, maps = laid_out[key]
     order = (pairs.batch, *a_dims, *(() if split is None else (split,)), *m_dims)
     rows = _rows(tape.examples[pairs.weights], pairs.batch, a_dims, sizes(node))
-    return Term(pairs.weights, order, pairs.batch, a_dims, split, split_in_a, maps, pairs.rank, rows, number)
+    tokens = math.prod(sizes(node)[d] for d in a_dims)
+    return Term(pairs.weights, order, pairs.batch, a_dims, split, split_in_a, maps, pairs.rank, rows, number, tokens)
 
 
 def _rows(a: Tensor, batch: int, a_dims: Sequence[int], shape: tuple[int, ...]) -> tuple[int, int, int] | None:

@@ -9,7 +9,7 @@ pass an operation or would become too many.
 
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,13 @@ class ReplayedCut(CompiledCut):
         return torch.zeros(shape, dtype=self.dtype, device=self.device, requires_grad=True)
 
     def contributions(
-        self, kept: Mapping[str, Tensor], weights: Replayed, batch: int, *, only: Iterable[str] | None = None
+        self,
+        kept: Mapping[str, Tensor],
+        weights: Replayed,
+        batch: int,
+        *,
+        only: Iterable[str] | None = None,
+        summed: Collection[str] = (),
     ) -> dict[str, Float[Tensor, "split batch direction"]]:
         """What a replay with each component alone gives; or activation × gradient, where directions are fewer."""
         points = list(self.points if only is None else only)
