@@ -5,8 +5,9 @@
 
 A round runs every kind of work once, one after the other; a ratio is the median over rounds of a work's time
 divided by the plain forward's time in the same round. "plain again" is the plain forward a second time: the
-noise. Memory is what the allocator had handed out at the peak, weights and results not counted, divided by the plain
-forward's. Weights are random and moved off their initial values; they do not matter for cost.
+noise; "traced" is the decomposition of the plain module, without its adapter. Memory is what the allocator had handed
+out at the peak, weights and results not counted, divided by the plain forward's. Weights are random and moved off
+their initial values; they do not matter for cost.
 """
 
 import argparse
@@ -117,6 +118,7 @@ def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[st
             "plain again": lambda: plain(images),
             "hooked": lambda: model(images),
             "decompose": lambda: decompose(model, images),
+            "traced": lambda: decompose(plain, images),
             "attribute": lambda: attribute(model, images, directions),
             "attribute_tokens": lambda: attribute_tokens(model, images, directions),
         }
@@ -149,7 +151,7 @@ def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[st
 def table(results: list[dict]) -> Table:
     """The figures for people."""
     shown = Table(title="times as multiples of the plain forward: median [smallest, largest]")
-    works = ["plain again", "hooked", "decompose", "attribute", "attribute_tokens"]
+    works = ["plain again", "hooked", "decompose", "traced", "attribute", "attribute_tokens"]
     for column in ("model, batch", "plain", *works, "memory: decompose", "memory: tokens", "first use"):
         shown.add_column(column)
     for found in results:

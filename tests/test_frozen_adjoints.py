@@ -129,6 +129,23 @@ plain("pad", "aten::pad", (4, 3), lambda s: functional.pad(s, (1, 2)))
 plain("pad of several", "aten::pad", (3, 4, 2), lambda s: functional.pad(s, (0, 0, 1, 2, 2, 0)))
 plain("pad by nothing", "aten::pad", (4, 3), lambda s: functional.pad(s, (0, 0), mode="constant"))
 plain("constant_pad_nd", "aten::constant_pad_nd", (4, 3), lambda s: aten.constant_pad_nd.default(s, [1, 0, 0, 2], 0.0))
+plain("pad with a value", "aten::pad", (4, 3), lambda s: functional.pad(s, (1, 0, 0, 2), value=1.5))
+plain("constant_pad_nd with a value", "aten::constant_pad_nd", (4, 3), lambda s: aten.constant_pad_nd(s, [1, 2], 1.5))
+plain("pad that cuts", "aten::pad", (4, 5), lambda s: functional.pad(s, (-2, 1, 2, 0), value=0.5))
+plain("pad that reflects", "aten::pad", (4, 5), lambda s: functional.pad(s, (2, 1), mode="reflect"))
+plain("pad that repeats", "aten::pad", (2, 3, 4), lambda s: functional.pad(s, (2, 1, 0, 1), mode="replicate"))
+
+plain("repeat", "aten::repeat", (4, 3), lambda s: s.repeat(1, 1, 2))
+plain("repeat of several", "aten::repeat", (2, 3, 4), lambda s: s.repeat(1, 2, 1, 3))
+plain("repeat_interleave", "aten::repeat_interleave", (2, 4, 3), lambda s: s.repeat_interleave(2, 1))
+plain("repeat_interleave, negative", "aten::repeat_interleave", (4, 3), lambda s: s.repeat_interleave(2, dim=-1))
+PLACES = torch.tensor([2, 0, 2, 1])
+plain("index of tokens", "aten::index", (4, 6), lambda s: s[:, PLACES])
+plain("index of channels", "aten::index", (4, 6), lambda s: s[..., PLACES])
+plain("index by a mask", "aten::index", (4, 6), lambda s: s[:, torch.tensor([True, False, True, True])])
+plain("index_select", "aten::index_select", (4, 6), lambda s: s.index_select(-1, PLACES))
+plain("cumsum", "aten::cumsum", (4, 6), lambda s: s.cumsum(1))
+plain("cumsum of channels", "aten::cumsum", (4, 6), lambda s: s.cumsum(-1))
 
 # --- joining ---
 
@@ -161,6 +178,27 @@ case(
     lambda p, m, s, x: torch.stack([p("c", 1, 3).expand(x.shape[0], -1), s], 1),
 )
 
+case("select_scatter", "aten::select_scatter", (4, 6), lambda p, m, s, x: s.select_scatter(s[:, 3] * p("w", 6), 1, -3))
+case(
+    "select_scatter of a constant",
+    "aten::select_scatter",
+    (4, 3),
+    lambda p, m, s, x: s.select_scatter(s[:, :, 0] * 0, 2, 1),
+)
+case(
+    "select_scatter into a constant",
+    "aten::select_scatter",
+    (6,),
+    lambda p, m, s, x: p("c", 1, 4, 6).expand(x.shape[0], -1, -1).select_scatter(s, 1, 2),
+)
+case(
+    "slice_scatter",
+    "aten::slice_scatter",
+    (5, 6),
+    lambda p, m, s, x: s.slice_scatter(p("c", 1, 5, 2).expand(x.shape[0], -1, -1), 2, 1, 5, 2),
+)
+plain("slice_scatter of tokens", "aten::slice_scatter", (4, 6), lambda s: s.slice_scatter(s[:, :2], 1, -3, -1))
+
 # --- sums ---
 
 case("add of a constant", "aten::add", (4, 6), lambda p, m, s, x: s + p("c", 4, 6))
@@ -179,6 +217,20 @@ plain("rsub", "aten::rsub", (4, 6), lambda s: 2.5 - s)
 case("rsub with alpha", "aten::rsub", (4, 6), lambda p, m, s, x: aten.rsub.Tensor(s, p("c", 6), alpha=1.5))
 plain("rsub of a number with alpha", "aten::rsub", (4, 6), lambda s: aten.rsub.Scalar(s, 2.5, 1.5))
 plain("neg", "aten::neg", (4, 6), lambda s: -s)
+case("addcmul", "aten::addcmul", (4, 6), lambda p, m, s, x: torch.addcmul(p("b", 6), p("w", 4, 1), s, value=0.5))
+case("addcmul of a constant", "aten::addcmul", (4, 6), lambda p, m, s, x: torch.addcmul(s, p("w", 6), p("v", 4, 1)))
+case("addcmul to itself", "aten::addcmul", (4, 6), lambda p, m, s, x: torch.addcmul(s, s.flip(1), p("w", 6)))
+case("addcmul, broadcast", "aten::addcmul", (1, 6), lambda p, m, s, x: torch.addcmul(p("b", 6), s, p("w", 4, 6)))
+case("addcdiv", "aten::addcdiv", (4, 6), lambda p, m, s, x: torch.addcdiv(p("b", 6), s, p("w", 4, 6), value=0.5))
+case("addcdiv of constants", "aten::addcdiv", (4, 6), lambda p, m, s, x: torch.addcdiv(s, p("v", 4, 1), p("w", 6)))
+
+CHOSEN = torch.tensor([True, False, True, False])
+case("where", "aten::where", (4, 6), lambda p, m, s, x: torch.where(CHOSEN[:, None], s, s.flip(1)))
+case("where, constant", "aten::where", (4, 6), lambda p, m, s, x: torch.where(CHOSEN[:, None], p("c", 6), s))
+case("where, number", "aten::where", (4, 6), lambda p, m, s, x: torch.where(CHOSEN[:, None], s, 1.5))
+case("where, broadcast", "aten::where", (1, 6), lambda p, m, s, x: torch.where(CHOSEN[:, None], s, p("c", 4, 6)))
+plain("masked_fill", "aten::masked_fill", (4, 6), lambda s: s.masked_fill(CHOSEN[:, None], 1.5))
+plain("masked_fill, of channels", "aten::masked_fill", (3, 4), lambda s: s.masked_fill(CHOSEN, 1.5))
 
 plain("mean", "aten::mean", (4, 6), lambda s: s.mean(1))
 plain("mean, keepdim", "aten::mean", (4, 6), lambda s: s.mean(-1, keepdim=True))
@@ -190,21 +242,39 @@ plain("mean subtracted", "aten::mean", (4, 6), lambda s: s - s.mean(1, keepdim=T
 
 plain("adaptive pool", "aten::adaptive_avg_pool2d", (2, 3, 4), lambda s: functional.adaptive_avg_pool2d(s, 1))
 plain("_adaptive pool", "aten::_adaptive_avg_pool2d", (2, 3, 4), lambda s: aten._adaptive_avg_pool2d.default(s, [1, 1]))
-plain("pool", "aten::avg_pool2d", (2, 4, 6), lambda s: functional.avg_pool2d(s, 2), skip=("rows", "values"))
+plain(
+    "adaptive pool to more", "aten::adaptive_avg_pool2d", (2, 5, 4), lambda s: functional.adaptive_avg_pool2d(s, (3, 2))
+)
+plain("pool", "aten::avg_pool2d", (2, 4, 6), lambda s: functional.avg_pool2d(s, 2))
 plain(
     "pool with padding",
     "aten::avg_pool2d",
     (2, 5, 4),
     lambda s: functional.avg_pool2d(s, (3, 2), stride=2, padding=(1, 0), ceil_mode=True, count_include_pad=False),
-    skip=("rows", "values"),
 )
 plain(
     "pool with a divisor",
     "aten::avg_pool2d",
     (2, 4, 4),
     lambda s: functional.avg_pool2d(s, 3, 1, 1, count_include_pad=True, divisor_override=4),
-    skip=("rows", "values"),
 )
+plain("pool of rows", "aten::avg_pool1d", (4, 6), lambda s: functional.avg_pool1d(s, 2))
+plain("adaptive pool of rows", "aten::adaptive_avg_pool1d", (4, 6), lambda s: functional.adaptive_avg_pool1d(s, 4))
+for mode in ("bilinear", "bicubic", "nearest"):
+    plain(
+        f"{mode}",
+        f"aten::upsample_{mode}2d",
+        (2, 3, 4),
+        lambda s, mode=mode: functional.interpolate(s, (5, 6), mode=mode),
+    )
+plain("im2col", "aten::im2col", (2, 3, 4), lambda s: functional.unfold(s, (2, 3), stride=1, padding=(1, 0)))
+plain("col2im", "aten::col2im", (8, 6), lambda s: functional.fold(s, (3, 4), 2))
+plain("col2im of patches", "aten::col2im", (8, 4), lambda s: functional.fold(s, (4, 4), 2, stride=2))
+plain("pixel_shuffle", "aten::pixel_shuffle", (8, 2, 3), lambda s: functional.pixel_shuffle(s, 2))
+plain("pixel_unshuffle", "aten::pixel_unshuffle", (2, 4, 6), lambda s: functional.pixel_unshuffle(s, 2))
+plain("mean over images' channels", "aten::mean", (3, 2, 4), lambda s: s - s.mean(1, keepdim=True))
+plain("mean, of two", "getitem", (4, 6), lambda s: s - torch.var_mean(s, dim=1, keepdim=True)[1])
+plain("mean, of two, without keepdim", "getitem", (4, 6), lambda s: s * 2 + torch.var_mean(s, 1)[1].unsqueeze(1))
 
 # --- products with weights ---
 
@@ -220,15 +290,37 @@ case("linear to one", "aten::linear", (4, 6), lambda p, m, s, x: functional.line
 case("linear of heads", "aten::linear", (2, 3, 4), lambda p, m, s, x: functional.linear(s, p("w", 4, 4), p("b", 4)))
 case("matmul", "aten::matmul", (4, 6), lambda p, m, s, x: s @ p("w", 6, 4))
 case("mm", "aten::mm", (6,), lambda p, m, s, x: torch.mm(s, p("w", 6, 4)))
+case("matmul from the left", "aten::matmul", (4, 6), lambda p, m, s, x: p("w", 6, 4) @ s)
+for equation, shape, weight in (
+    ("bnc,dc->bnd", (4, 6), (4, 6)),
+    ("bnc,nm->bmc", (4, 6), (4, 2)),
+    ("bnhv,dhv->bdn", (4, 2, 3), (4, 2, 3)),
+    ("bhnc,hcd->bhnd", (2, 4, 3), (2, 3, 2)),
+    ("bhnc,hn->bcn", (2, 4, 3), (2, 4)),
+):
+    case(
+        f"einsum {equation}",
+        "aten::einsum",
+        shape,
+        lambda p, m, s, x, e=equation, w=weight: torch.einsum(e, s, p("w", *w)),
+    )
+case(
+    "einsum from the left",
+    "aten::einsum",
+    (4, 6),
+    lambda p, m, s, x: torch.einsum("cd, b n c -> b n d", p("w", 6, 4), s),
+)
 
 
-def conv(out, per_group, kernel, *, bias=True, name="", shape=(4, 5, 6), skip=("rows", "values"), **options):
+def conv(out, per_group, kernel, *, bias=True, name="", shape=(4, 5, 6), function=functional.conv2d, **options):
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
 
     def run(p, m, s, x):
-        return functional.conv2d(s, p("w", out, per_group, *kernel), p("b", out) if bias else None, **options)
+        y = function(s, p("w", out, per_group, *kernel), None, **options)
+        return y + p("b", y.shape[1], *[1] * len(kernel)) if bias else y
 
-    case(f"conv2d {name or kernel} {options}", "aten::conv2d", shape, run, skip=skip)
+    name = f"{function.__name__} {name or kernel} {options}"
+    case(name, f"aten::{function.__name__}", shape, run)
 
 
 conv(4, 4, 1)
@@ -242,6 +334,15 @@ conv(6, 2, 3, name="grouped", groups=2, padding=1, dilation=2)
 conv(4, 4, (3, 5), name="same", padding="same", dilation=(2, 1))
 conv(4, 4, 2, name="valid", padding="valid", stride=2)
 conv(4, 4, 2, name="patchify", stride=2, shape=(4, 5, 7))
+rows = {"function": functional.conv1d, "shape": (4, 6)}
+conv(4, 4, (1,), **rows)
+conv(2, 4, (3,), padding=1, stride=2, **rows)
+conv(4, 1, (3,), name="depthwise", groups=4, padding="same", dilation=2, bias=False, **rows)
+back = {"function": torch.conv_transpose2d, "shape": (4, 3, 2)}
+conv(4, 2, 2, stride=2, **back)
+conv(4, 3, (3, 2), stride=2, padding=(1, 0), output_padding=1, bias=False, **back)
+conv(4, 1, 3, name="depthwise", groups=4, padding=1, dilation=(1, 2), **back)
+conv(4, 3, 3, name="grouped", groups=2, stride=(1, 2), padding=2, **back)
 
 # --- constant and frozen factors ---
 
@@ -331,16 +432,10 @@ def layer_norm(dims, affine, eps=1e-3):
     return run, frozen
 
 
-case("LayerNorm", "aten::layer_norm", (4, 6), *layer_norm(1, True), skip=("mixed", "merged"))
-case("LayerNorm without weights", "aten::layer_norm", (4, 6), *layer_norm(1, False), skip=("mixed", "merged"))
-case("LayerNorm of heads", "aten::layer_norm", (2, 4, 6), *layer_norm(1, True), skip=("columns",))
-case(
-    "LayerNorm of two dimensions",
-    "aten::layer_norm",
-    (3, 4),
-    *layer_norm(2, True),
-    skip=("tokens", "mixed", "merged", "heads"),
-)
+case("LayerNorm", "aten::layer_norm", (4, 6), *layer_norm(1, True))
+case("LayerNorm without weights", "aten::layer_norm", (4, 6), *layer_norm(1, False))
+case("LayerNorm of heads", "aten::layer_norm", (2, 4, 6), *layer_norm(1, True))
+case("LayerNorm of two dimensions", "aten::layer_norm", (3, 4), *layer_norm(2, True))
 
 
 def rms_norm(affine, eps):
@@ -355,8 +450,8 @@ def rms_norm(affine, eps):
     return run, frozen
 
 
-case("RMSNorm", "aten::rms_norm", (4, 6), *rms_norm(True, 1e-2), skip=("mixed", "merged"))
-case("RMSNorm without weights or eps", "aten::rms_norm", (4, 6), *rms_norm(False, None), skip=("mixed", "merged"))
+case("RMSNorm", "aten::rms_norm", (4, 6), *rms_norm(True, 1e-2))
+case("RMSNorm without weights or eps", "aten::rms_norm", (4, 6), *rms_norm(False, None))
 
 
 def batch_norm(affine):
@@ -367,6 +462,29 @@ def batch_norm(affine):
 
     return run
 
+
+def group_norm(groups, affine):
+    def parameters(p, s):
+        return (p("g", s.shape[1]), p("b", s.shape[1])) if affine else (None, None)
+
+    def run(p, m, s, x):
+        return functional.group_norm(s, groups, *parameters(p, s), eps=1e-2)
+
+    def frozen(p, m, s, x, seen):
+        split, per_channel = (s.shape[0], groups, -1), (-1,) + (1,) * (s.dim() - 2)
+        s_, seen_ = s.reshape(split), seen.reshape(split)
+        y = (s_ - s_.mean(2, keepdim=True)) / (seen_.var(2, keepdim=True, unbiased=False) + 1e-2).sqrt()
+        weight, bias = parameters(p, s)
+        y = y.reshape(s.shape)
+        return y if weight is None else y * weight.reshape(per_channel) + bias.reshape(per_channel)
+
+    return run, frozen
+
+
+case("GroupNorm", "aten::group_norm", (4, 3, 2), *group_norm(2, True))
+case("GroupNorm, one group", "aten::group_norm", (4, 3, 2), *group_norm(1, True))
+case("GroupNorm of rows", "aten::group_norm", (6, 4), *group_norm(3, False))
+case("GroupNorm of one row", "aten::group_norm", (6,), *group_norm(2, True))
 
 for dims in ((5,), (4, 6), (3, 2, 4)):
     case(f"BatchNorm of {1 + len(dims)}", "aten::batch_norm", dims, batch_norm(True))

@@ -7,7 +7,7 @@ import torch
 from frozen_samples import Lifted, images, model_of
 from torch import nn
 
-from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.frozen import adjoints, replay, rules
 from vitdecomp_lens.frozen.adjoints import ADJOINTS, adjoint
 from vitdecomp_lens.frozen.rules import RULES, Passage, classify, operation, rule
@@ -47,6 +47,8 @@ def passage(run, *, shape=(4, 6), of):
     return found.kind, len(found.through), found.known
 
 
+PLACES = torch.tensor([2, 0, 1, 0])
+LINEAR = ("linear", 1, True)
 KINDS = {
     "product with a constant": (lambda m, s, x: s * 3, "aten::mul", ("linear", 1, True)),
     "sum of two": (lambda m, s, x: s + x.mean((1, 2, 3))[:, None, None], "aten::add", ("linear", 2, True)),
@@ -83,6 +85,51 @@ KINDS = {
         ("source", 0, True),
     ),
     "constant places": (lambda m, s, x: s[:, torch.tensor([2, 0])], "aten::index", ("linear", 1, True)),
+    "constant places of one dimension": (lambda m, s, x: s.index_select(1, PLACES), "aten::index_select", LINEAR),
+    "written at constant places": (
+        lambda m, s, x: s.index_put((torch.tensor([0]), PLACES), m.bank("c", 6)),
+        "aten::index_put",
+        LINEAR,
+    ),
+    "written at places that depend on the images": (
+        lambda m, s, x: s.index_put((s[:, 0, 0].argsort(),), m.bank("c", 6)),
+        "aten::index_put",
+        ("source", 0, True),
+    ),
+    "a part replaced": (lambda m, s, x: s.select_scatter(s[:, 1], 1, 0), "aten::select_scatter", ("linear", 2, True)),
+    "one or the other": (
+        lambda m, s, x: torch.where(PLACES[:, None] > 0, s, 2 * s),
+        "aten::where",
+        ("linear", 2, True),
+    ),
+    "whichever is positive": (lambda m, s, x: torch.where(s > 0, s, 2 * s), "aten::where", ("source", 0, True)),
+    "masked": (lambda m, s, x: s.masked_fill(PLACES[:, None] > 0, 3), "aten::masked_fill", LINEAR),
+    "masked by its sign": (lambda m, s, x: s.masked_fill(s > 0, 3), "aten::masked_fill", ("source", 0, True)),
+    "sum and product with a constant": (lambda m, s, x: torch.addcmul(s, s, m.bank("c", 6)), "aten::addcmul", LINEAR),
+    "sum and square": (lambda m, s, x: torch.addcmul(s, s, s), "aten::addcmul", ("source", 0, True)),
+    "sum and quotient": (lambda m, s, x: torch.addcdiv(s, s, m.bank("c", 6)), "aten::addcdiv", LINEAR),
+    "sum and quotient, live below": (
+        lambda m, s, x: torch.addcdiv(s, m.bank("c", 6), s + 9),
+        "aten::addcdiv",
+        ("source", 0, True),
+    ),
+    "mean of variance and mean": (lambda m, s, x: torch.var_mean(s, 1)[1], "getitem", LINEAR),
+    "variance of variance and mean": (lambda m, s, x: torch.var_mean(s, 1)[0], "getitem", ("source", 0, True)),
+    "contracted with a constant": (
+        lambda m, s, x: torch.einsum("bnc,cd->bnd", s, m.bank("c", 6, 2)),
+        "aten::einsum",
+        LINEAR,
+    ),
+    "contracted with itself": (
+        lambda m, s, x: torch.einsum("bnc,bmc->bnm", s, s),
+        "aten::einsum",
+        ("source", 0, True),
+    ),
+    "contracted with a pattern": (
+        lambda m, s, x: torch.einsum("bnm,bmc->bnc", (s @ s.mT).softmax(-1), s),
+        "aten::einsum",
+        ("pattern", 1, True),
+    ),
     "unknown": (lambda m, s, x: halved(s), "vitdecomp_tests::halved", ("source", 0, False)),
 }
 
@@ -250,6 +297,18 @@ REPLAYS = {
         lambda p, s: (g := s.mean((2, 3), keepdim=True)) + g * s,
         lambda p, s, seen: s.mean((2, 3), keepdim=True) + seen.mean((2, 3), keepdim=True) * s,
     ),
+    "var_mean": (
+        lambda p, s: s - torch.var_mean(s, (2, 3), keepdim=True)[1],
+        lambda p, s, seen: s - s.mean((2, 3), keepdim=True),
+    ),
+    "contracted with a pattern": (
+        lambda p, s: torch.einsum("bhnm,bhmc->bhnc", (s @ s.mT).softmax(-1), s),
+        lambda p, s, seen: (seen @ seen.mT).softmax(-1) @ s,
+    ),
+    "written at constant places": (
+        lambda p, s: s.index_put((torch.arange(s.shape[0]), torch.tensor([1])), p("g", 4, 4)),
+        lambda p, s, seen: torch.stack([s[:, 0], p("g", 4, 4).expand(len(s), -1, -1), s[:, 2], s[:, 3]], 1),
+    ),
     "a view of what lies otherwise in memory": (
         lambda p, s: functional.layer_norm(s.permute(0, 2, 3, 1), (4,), eps=1e-3).view(-1, 16, 4).view(-1, 8, 8),
         lambda p, s, seen: layer_norm(s.permute(0, 2, 3, 1), seen.permute(0, 2, 3, 1), 1, 0).reshape(-1, 8, 8),
@@ -272,6 +331,58 @@ def test_a_replay_is_the_eager_frozen_function(name):
     expected = frozen(model.bank, other, recorded[cut.points["hook_source"]]).flatten(1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(recorded[graph.root], model(x), rtol=0, atol=0)
+
+
+# --- what is written in place ---
+
+
+def write_through_views(s):
+    """Views of views, taken before and after, and read in between."""
+    y = s.clone()
+    first, turned, apart = y[:, 0], y.transpose(1, 2), y.view(-1, 2, 2, 4, 4)
+    first += 1
+    before = turned.sum((1, 2, 3))
+    turned[:, 1:3, 2] = first[:, :2] * 2
+    apart.unbind(2)[1].mul_(3)
+    y[:, :, 0].zero_()
+    y[:, 3, 1].fill_(2)
+    return torch.cat([y.flatten(1), first.flatten(1), apart.flatten(1), before[:, None]], 1)
+
+
+def write_to_parts(s):
+    y = s.clone()
+    left, right = y.split([1, 3], 2)
+    right.permute(0, 2, 3, 1).squeeze().masked_fill_(torch.tensor([True, False, False, True]), 0.5)
+    left.copy_(s[:, :, 3:] * 2)
+    return torch.cat([y.flatten(1), right.flatten(1)], 1)
+
+
+@pytest.mark.parametrize("run", [write_through_views, write_to_parts])
+def test_what_is_written_through_a_view_is_seen_through_others(run):
+    model = Lifted((4, 4, 4), lambda m, s, x: functional.linear(run(s), m.bank("w", 3, run(s).shape[1])))
+    with torch.no_grad():
+        model(images())
+    graph = trace(model.double().eval().requires_grad_(False), images())
+    x = images(3, seed=5)
+    recorded = graph.record(x)
+    torch.testing.assert_close(recorded[graph.root], model(x), rtol=0, atol=0)
+    torch.testing.assert_close(recorded[graph.points["hook_source"]], model.source(x), rtol=0, atol=0)
+    cut = graph.cut(["hook_source"])
+    assert cut.complete
+    torch.testing.assert_close(sum(graph.push(cut, x).values()), model(x), rtol=0, atol=1e-11)
+
+
+def test_what_may_be_a_copy_must_not_be_written_to():
+    def run(m, s, x):
+        y = s.clone()
+        y.reshape(-1, 24)[:, 0] = 3
+        return y.mean(1)
+
+    model = Lifted((4, 6), run)
+    with pytest.raises(
+        UnsupportedModelError, match="writes in place to what aten::reshape gave, which may share memory"
+    ):
+        trace(model.double().eval(), images())
 
 
 def test_replay_of_half_precision_norms_computes_their_statistics_in_float32():

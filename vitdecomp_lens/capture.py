@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf, in_full_precision
 from vitdecomp_lens.frozen.graph import FrozenGraph
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
-from vitdecomp_lens.points import is_hooked
+from vitdecomp_lens.points import as_hooks_see_it, is_hooked
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,12 @@ class Shelf:
 def changed_on_the_path(graph: FrozenGraph, cut: Cut, points: Mapping[str, HookPoint]) -> tuple[str, ...]:
     """Hook points between the cut and the output that somebody listens at: what they change is a component."""
     passed = set(cut.through)
-    return tuple(name for name, node in graph.points.items() if node in passed and is_hooked(points[name]))
+    met = {name: node for name, node in graph.points.items() if name in points}
+    return tuple(name for name, node in met.items() if node in passed and is_hooked(points[name]))
 
 
 def capture(
-    run: Callable[[Tensor], Any],
+    run: Callable[[Tensor], Any] | None,
     images: Float[Tensor, "batch channel height width"],
     points: Mapping[str, HookPoint],
     graph: FrozenGraph,
@@ -85,7 +87,7 @@ def capture(
     """Run a model once and keep what a program reads.
 
     Args:
-        run: Runs the model.
+        run: Runs the model; None where the graph itself is run.
         images: What it runs on.
         points: The model's hook points.
         graph: The model, traced as it is hooked.
@@ -102,10 +104,9 @@ def capture(
     kept: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
     put = torch.clone if shelf is None else shelf.put  # a later hook may write in place
-    leaves = _Leaves(graph, program, images, put)
-    root = next((name for name, node in graph.points.items() if node is graph.root), None)
+    hooked = graph.points if run is None else points
+    root = next((name for name, node in graph.points.items() if node is graph.root and name in hooked), None)
     seen: list[Tensor] = []
-    waiting = {*reads, *at_once, *leaves.points, *([root] if root else [])}
 
     def keep_before(name: str, value: Tensor) -> None:
         before[name] = value.clone()  # a hook may write in place
@@ -125,20 +126,32 @@ def capture(
             seen[:] = [value.flatten(1).clone()]  # often a row of all tokens' values; a later hook may write in place
         leaves.meet(name, value)
 
-    with _listening(points, tuple(waiting), keep, changed, keep_before):
-        output = run(images)
+    computed = [Leaf((graph.points[name],), partial(keep, name), 0) for name in {*reads, *at_once} - hooked.keys()]
+    leaves = _Leaves(graph, [*program.leaves, *computed], hooked, images, put)
+    waiting = {*reads, *at_once, *leaves.points, *([root] if root else [])}
+    if run is None:
+        output = _run_graph(graph, images, tuple(waiting), keep)
+    else:
+        with _listening(points, tuple(waiting & points.keys()), keep, changed, keep_before):
+            output = run(images)
     total = output.flatten(1).clone() if root is None else seen[0]
-    return Captured(kept, leaves.all_read(), total)
+    read = leaves.all_read()
+    return Captured(kept, {leaf: read[leaf] for leaf in program.leaves}, total)
 
 
 class _Leaves:
     """Reads each leaf of a program as soon as all points have been met that it is computed from."""
 
     def __init__(
-        self, graph: FrozenGraph, program: CompiledCut, images: Tensor, put: Callable[[Tensor], Tensor]
+        self,
+        graph: FrozenGraph,
+        leaves: Sequence[Leaf],
+        hooked: Collection[str],
+        images: Tensor,
+        put: Callable[[Tensor], Tensor],
     ) -> None:
         self._graph, self._images, self._put = graph, images, put
-        self._needs = {leaf: frozenset(_nearest_points(graph, leaf.nodes)) for leaf in program.leaves}
+        self._needs = {leaf: frozenset(_nearest_points(graph, leaf.nodes, hooked)) for leaf in leaves}
         self._of: dict[str, list[Leaf]] = {}
         for leaf, names in self._needs.items():
             for name in names:
@@ -179,6 +192,20 @@ def repeated_error(name: str) -> InputError:
     )
 
 
+def _run_graph(graph: FrozenGraph, images: Tensor, names: Iterable[str], keep: Callable[[str, Tensor], None]) -> Tensor:
+    at: dict[Node, list[str]] = {}
+    for name in names:
+        at.setdefault(graph.points[name], []).append(name)
+
+    def met(of_node: Sequence[str], value: Tensor) -> None:
+        for name in of_node:
+            keep(name, value)
+
+    at_once = {node: partial(met, of_node) for node, of_node in at.items()}
+    output: Tensor = graph.evaluate([graph.root], {graph.images: images}, at_once=at_once)[graph.root]
+    return output
+
+
 @contextmanager
 def _listening(
     points: Mapping[str, HookPoint],
@@ -190,19 +217,20 @@ def _listening(
     handles = []
     try:
         for name in names:  # registered last: they see what the user's hooks return
-            handles.append(points[name].register_forward_hook(lambda _m, _i, value, name=name: keep(name, value)))
+            listener = lambda p, _i, value, name=name: keep(name, as_hooks_see_it(p, value))  # noqa: E731
+            handles.append(points[name].register_forward_hook(listener))
         for name in changed:
-            listener = lambda _m, inputs, name=name: keep_before(name, inputs[0])  # noqa: E731
-            handles.append(points[name].register_forward_pre_hook(listener, prepend=True))  # before the user's
+            before = lambda p, inputs, name=name: keep_before(name, as_hooks_see_it(p, inputs[0]))  # noqa: E731
+            handles.append(points[name].register_forward_pre_hook(before, prepend=True))  # before the user's
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _nearest_points(graph: FrozenGraph, nodes: Iterable[Node]) -> list[str]:
+def _nearest_points(graph: FrozenGraph, nodes: Iterable[Node], hooked: Collection[str]) -> list[str]:
     """The hook points from which values can be computed without going further back."""
-    tags = {node: name for name, node in graph.points.items()}
+    tags = {node: name for name, node in graph.points.items() if name in hooked}
     found: dict[str, None] = {}
     ahead, seen = list(nodes), set()
     while ahead:

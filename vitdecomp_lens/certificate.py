@@ -80,6 +80,22 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class GraphParity:
+    """How the traced graph of a model that is not hooked compares with the model itself.
+
+    Attributes:
+        difference: The largest relative difference of what is decomposed.
+    """
+
+    difference: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether the difference is one of rounding."""
+        return self.difference <= TOLERANCES["float32"]
+
+
+@dataclass(frozen=True)
 class HookCheck:
     """Whether the model goes on with what a hook returns.
 
@@ -121,7 +137,7 @@ class Certificate:
         licence: Of the weights, where the library states one.
         versions: Of Python and the libraries.
         images: How many, and of what kind.
-        parity: Hooked against original.
+        parity: Hooked, or traced, against the original.
         cuts: One check a cut, dtype and space.
         coverage: How many branches are components of their own; None where no cut could be made.
         hooks: One check a hook.
@@ -142,7 +158,7 @@ class Certificate:
     licence: str
     versions: Mapping[str, str]
     images: str
-    parity: Parity
+    parity: Parity | GraphParity
     cuts: tuple[CutCheck, ...]
     coverage: Coverage | None
     hooks: tuple[HookCheck, ...]
@@ -168,9 +184,10 @@ class Certificate:
         if not self.cuts:
             yield "no cut was checked"
         if self.coverage is None or self.coverage.share < MIN_COVERAGE:
-            yield f"coverage is below {MIN_COVERAGE:.0%}: {self.coverage or 'none'}".replace("%", " %")
+            yield f"coverage is below {100 * MIN_COVERAGE:.0f} %: {self.coverage or 'none'}"
         if not self.parity.passes:
-            yield "the hooked model's output is not the original's"
+            made = "hooked" if isinstance(self.parity, Parity) else "traced"
+            yield f"the {made} model's output is not the original's"
         if self.dead:
             yield f"{len(self.dead)} hooks are not live: {', '.join(hook.name for hook in self.dead[:5])}"
 
@@ -221,6 +238,8 @@ class Certificate:
         def said(same: bool) -> tuple[str, str]:
             return ("bit for bit", "green") if same else ("DIFFERS", "bold red")
 
+        if isinstance(self.parity, GraphParity):
+            return Text(f"traced, not hooked: within {self.parity.difference:.1e} of the module itself")
         return Text.assemble(
             "without hooks ",
             said(self.parity.plain),
@@ -230,6 +249,8 @@ class Certificate:
         )
 
     def _hooks(self) -> Text:
+        if not self.hooks:
+            return Text("none: there is no adapter; components are named by module path")
         live = sum(hook.live for hook in self.hooks)
         lines = [f"{live} of {len(self.hooks)} are live"]
         reasons: dict[str, list[str]] = {}

@@ -54,9 +54,9 @@ class Component:
     def label(self) -> str:
         """A short name: ``L3H7``, ``L3N12``, ``attn.3``, ``mlp.3``, ``embed``, or the name as it is."""
         if self.kind == "head":
-            return f"L{self.layer}H{self.head}"
+            return f"L{self.layer}H{self.head}" if self.name is None else f"{self.name}.H{self.head}"
         if self.kind == "neuron":
-            return f"L{self.layer}N{self.neuron}"
+            return f"L{self.layer}N{self.neuron}" if self.name is None else f"{self.name}.N{self.neuron}"
         if self.kind == "intervention":
             return f"intervention@{self.name}"
         if self.name is not None:
@@ -118,8 +118,8 @@ class Point:
             return (whole,)
         numbers = range(self.first, self.first + size)
         if whole.kind == "attn":
-            return tuple(Component(kind="head", layer=whole.layer, head=n) for n in numbers)
-        return tuple(Component(kind="neuron", layer=whole.layer, neuron=n) for n in numbers)
+            return tuple(Component(kind="head", layer=whole.layer, head=n, name=whole.name) for n in numbers)
+        return tuple(Component(kind="neuron", layer=whole.layer, neuron=n, name=whole.name) for n in numbers)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ the model natively, and take what it computed through the compiled cut. They kno
 `Decomposable` says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -32,7 +32,7 @@ def decompose(
     *,
     by: By = "head",
     of: Read = "representation",
-    components: Sequence[str] | None = None,
+    components: Sequence[str] | Mapping[str, str] | None = None,
     batch_size: int | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Decomposition:
@@ -43,14 +43,16 @@ def decompose(
     direct effect (arXiv 2406.01583, section 3, RepDecompose).
 
     Args:
-        model: A `HookedViT`. Hooks that are on it take part: the decomposition is that of the run with them,
-            and what they change between the components and the representation is a component
-            ``intervention@hook``.
+        model: A `HookedViT`, any module with TransformerLens hook points, or any other module. Hooks that are on it
+            take part: the decomposition is that of the run with them, and what they change between the components and
+            the representation is a component ``intervention@hook``.
         images: As the model takes them; see ``model.preprocess``.
         by: ``"layer"``, ``"head"`` (attention split by head) or ``"neuron"`` (MLPs split by neuron).
         of: ``"representation"``, ``"logits"``, ``"embedding"`` (the representation divided by its frozen norm),
             a hook with one vector an image, or a function of model and images.
-        components: Labels to compute; without them, all.
+        components: Labels to compute; without them, all. Of a module with hook points that is not ours also a mapping
+            from labels to hooks, ``{"mixer.0": "layers.0.hook_mixed"}``: each is a component of its own, in place of
+            those that the names of hooks, or else the graph, would tell apart there.
         batch_size: How many images to run at once; by default as many as keep memory small.
         max_bytes: The largest result to allow.
 
@@ -72,13 +74,14 @@ def decompose(
         >>> parts["L1H0"].shape, bool((parts.gap < 1e-5).all())
         (torch.Size([2, 64]), True)
     """
-    request = make_request(model, images, by, of, None, tokens=False)
+    labels, components = _split(components)
+    request = make_request(model, images, by, of, None, tokens=False, labels=labels)
     values, total = _contributions(request, components, batch_size, max_bytes)
-    whole, labels = request.labelled(components)
+    whole, found = request.labelled(components)
     if of == "embedding":
         norm = total.norm(dim=-1, keepdim=True)
         values, total = values / norm, total / norm
-    parts = Decomposition(values, labels, total, complete=whole, coverage=request.coverage, metadata=request.metadata)
+    parts = Decomposition(values, found, total, complete=whole, coverage=request.coverage, metadata=request.metadata)
     parts = parts if components is not None else _without_idle_interventions(parts)
     return parts.check_gap() if whole and _is_exact(images) else parts
 
@@ -91,7 +94,7 @@ def attribute(
     by: By = "head",
     of: Read = "representation",
     names: Sequence[str] | None = None,
-    components: Sequence[str] | None = None,
+    components: Sequence[str] | Mapping[str, str] | None = None,
     batch_size: int | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Attribution:
@@ -124,17 +127,18 @@ def attribute(
         >>> scores.values.shape[1:]
         torch.Size([2, 5])
     """
-    request = make_request(model, images, by, of, directions, tokens=False)
+    labels, components = _split(components)
+    request = make_request(model, images, by, of, directions, tokens=False, labels=labels)
     directions = request.along
     values, vectors = _contributions(request, components, batch_size, max_bytes)
     vectors = vectors.to(values.dtype)
-    whole, labels = request.labelled(components)
+    whole, found = request.labelled(components)
     if of == "embedding":
         norm = vectors.norm(dim=-1, keepdim=True)
         values, vectors = values / norm, vectors / norm
     scores = Attribution(
         values,
-        labels,
+        found,
         vectors @ directions.T,
         complete=whole,
         coverage=request.coverage,
@@ -155,7 +159,7 @@ def attribute_tokens(
     by: By = "head",
     of: Read = "representation",
     names: Sequence[str] | None = None,
-    components: Sequence[str] | None = None,
+    components: Sequence[str] | Mapping[str, str] | None = None,
     batch_size: int | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> TokenAttribution:
@@ -189,7 +193,8 @@ def attribute_tokens(
         >>> tokens["L1H0"].shape, tokens.to_pixels(160, 160).shape[-2:]
         (torch.Size([1, 101, 1]), torch.Size([160, 160]))
     """
-    request = make_request(model, images, by, of, directions, tokens=True)
+    labels, components = _split(components)
+    request = make_request(model, images, by, of, directions, tokens=True, labels=labels)
     maps = TokenMaps(request, components, max_bytes)
     on_pieces(request, maps.reads, maps.add, maps.at_once(), batch_size=batch_size)
     if of == "embedding":
@@ -200,6 +205,13 @@ def attribute_tokens(
     if scores.complete and _is_exact(images):
         _check_scores(scores, maps.norm, request.along)
     return scores
+
+
+def _split(
+    components: Sequence[str] | Mapping[str, str] | None,
+) -> tuple[Mapping[str, str] | None, Sequence[str] | None]:
+    """Where components are read, and which are wanted."""
+    return (components, None) if isinstance(components, Mapping) else (None, components)
 
 
 # --- computing -------------------------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from vitdecomp_lens.certificate import Cost, CutCheck, HookCheck, Parity
+from vitdecomp_lens.certificate import Cost, CutCheck, GraphParity, HookCheck, Parity
 from vitdecomp_lens.components import By
 from vitdecomp_lens.coverage import Coverage
 from vitdecomp_lens.decompose import attribute, attribute_tokens, decompose
-from vitdecomp_lens.errors import CapacityError, InputError, VitDecompError
+from vitdecomp_lens.errors import CapacityError, VitDecompError
+from vitdecomp_lens.frozen.trace import reading, trace
 from vitdecomp_lens.hooked import HookedViT
-from vitdecomp_lens.points import LazyHookPoint
+from vitdecomp_lens.points import LazyHookPoint, hook_points
 
 Progress = Callable[[str, float], None]
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
@@ -32,12 +33,25 @@ HOOKS_AT_ONCE = 64  # patterns of a few blocks at a time: all of a large model's
 SCORE_HOOKS = ("hook_q", "hook_k", "hook_rot_q", "hook_rot_k", "hook_attn_scores")
 
 
-def double(single: HookedViT) -> HookedViT:
-    """A hooked deep copy in float64."""
-    module = copy.deepcopy(single.original)
+def original(model: nn.Module) -> nn.Module:
+    """The module itself, hooked or not."""
+    return model.original if isinstance(model, HookedViT) else model
+
+
+def double(single: nn.Module) -> nn.Module:
+    """A deep copy in float64, hooked where the model is."""
+    module = copy.deepcopy(original(single))
     device = next(module.parameters()).device
     # Apple's GPUs have no float64.
-    return HookedViT(module.to("cpu" if device.type == "mps" else device, torch.float64))
+    module = module.to("cpu" if device.type == "mps" else device, torch.float64)
+    return HookedViT(module) if isinstance(single, HookedViT) else module
+
+
+@torch.no_grad()
+def graph_parity(module: nn.Module, images: Tensor) -> GraphParity:
+    """Compare what the traced graph gives with what the module does."""
+    read, _ = reading("representation", hook_points(module))
+    return GraphParity(_difference(read(module, images).flatten(1), vectors(module, images, "representation")))
 
 
 def weight(model: nn.Module) -> Tensor:
@@ -81,7 +95,7 @@ def _difference(expected: Tensor, value: Tensor) -> float:
 
 @torch.no_grad()
 def cut_checks(
-    single: HookedViT, images: Tensor, *, seed: int, max_bytes: int, say: Progress
+    single: nn.Module, images: Tensor, *, seed: int, max_bytes: int, say: Progress
 ) -> tuple[tuple[CutCheck, ...], Coverage | None]:
     """Decompose by every cut, in float32 and float64; the coverage is the lowest of all."""
     spaces = _spaces(single, images[:1])
@@ -104,20 +118,23 @@ def _worst(one: Coverage | None, other: Coverage | None) -> Coverage | None:
     return min(known, key=lambda coverage: coverage.share, default=None)
 
 
-def _spaces(model: HookedViT, images: Tensor) -> tuple[str, ...]:
+def _spaces(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     """Representation and logits, unless they are the same, or something nonlinear stands between them."""
-    if model.has_activation_before_classifier:
+    if getattr(model, "has_activation_before_classifier", False):
         return ("representation",)
-    seen: list[Tensor] = []
     images = images.to(weight(model))
-    output = model.run_with_hooks(images, fwd_hooks=[("hook_representation", lambda value, hook: seen.append(value))])
-    return ("representation",) if _equal(seen, _leaves(output)) else ("representation", "logits")
+    with torch.no_grad():
+        output = _leaves(original(model)(images))
+    if not isinstance(model, HookedViT) and (len(output) != 1 or output[0].dim() != 2):
+        return ("representation",)  # more than one output, or none that is a vector: no logits of an unknown model
+    same = _equal([vectors(model, images, "representation")], output)
+    return ("representation",) if same else ("representation", "logits")
 
 
 class _WholeGap:
     """Decomposes images, and keeps the largest gap."""
 
-    def __init__(self, model: HookedViT, cut: CutCheck, seed: int, max_bytes: int) -> None:
+    def __init__(self, model: nn.Module, cut: CutCheck, seed: int, max_bytes: int) -> None:
         self.model, self.cut, self.seed = model, cut, seed
         self.options: dict[str, Any] = {"by": cut.by, "of": cut.of, "max_bytes": max_bytes}
         self.coverage: Coverage | None = None
@@ -146,12 +163,12 @@ class _WholeGap:
 
     def along(self, read: Callable[..., Any], images: Tensor, count: int) -> float:
         """The largest gap along random unit directions, relative to the length of an image's vector."""
-        vectors = _vectors(self.model, images, self.cut.of)
-        noise = torch.randn(count - 1, vectors.shape[1], generator=torch.Generator().manual_seed(self.seed))
-        directions = torch.cat([vectors[:1], noise.to(vectors)])
+        whole = vectors(self.model, images, self.cut.of)
+        noise = torch.randn(count - 1, whole.shape[1], generator=torch.Generator().manual_seed(self.seed))
+        directions = torch.cat([whole[:1], noise.to(whole)])
         scores = read(self.model, images, nn.functional.normalize(directions, dim=1), **self.options)
         self.coverage = scores.coverage
-        return float((scores.rest.abs().amax(1) / vectors.norm(dim=1)).max())
+        return float((scores.rest.abs().amax(1) / whole.norm(dim=1)).max())
 
 
 class _TokenGap(_WholeGap):
@@ -166,13 +183,12 @@ class _TokenGap(_WholeGap):
             return self.along(attribute_tokens, images[:1], 1)
 
 
-def _vectors(model: HookedViT, images: Tensor, of: str) -> Float[Tensor, "batch d_rep"]:
-    seen: list[Tensor] = []
-    output = model.run_with_hooks(images, fwd_hooks=[("hook_representation", lambda value, hook: seen.append(value))])
-    vectors: Tensor = seen[0] if of == "representation" else _leaves(output)[0]
-    if vectors.dim() != 2:
-        raise InputError(f"Expected one vector an image, [batch, d]; {of} is {list(vectors.shape)}.")
-    return vectors
+@torch.no_grad()
+def vectors(model: nn.Module, images: Tensor, of: str) -> Float[Tensor, "batch d_rep"]:
+    """What is decomposed, by the traced graph."""
+    graph = trace(model, images[:1], of=of)
+    found: Tensor = graph.evaluate([graph.root], {graph.images: images})[graph.root]
+    return found.flatten(1)
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------
@@ -225,13 +241,14 @@ def _excuse(name: str, shapes: dict[str, torch.Size]) -> str:
 
 
 @torch.no_grad()
-def cost(model: HookedViT, images: Tensor) -> Cost | None:
+def cost(model: nn.Module, images: Tensor) -> Cost | None:
     """Time ``decompose(by="head")`` beside the plain forward; None where nothing can be decomposed."""
     batch = images[torch.arange(COST_BATCH) % len(images)].to(weight(model))
+    plain = original(model)
     runs: dict[str, Callable[[], Any]] = {
-        "plain": lambda: model.original(batch),
+        "plain": lambda: plain(batch),
         "decompose": lambda: decompose(model, batch, by="head"),
-        "again": lambda: model.original(batch),
+        "again": lambda: plain(batch),
     }
     times: dict[str, list[float]] = {what: [] for what in runs}
     try:

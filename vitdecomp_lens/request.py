@@ -1,5 +1,6 @@
 """One request: a model, traced and compiled for what is asked of it, and run in pieces."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,16 +13,20 @@ from vitdecomp_lens.capture import Captured, Shelf, capture, changed_on_the_path
 from vitdecomp_lens.components import By, Component, Point
 from vitdecomp_lens.coverage import Coverage
 from vitdecomp_lens.decomposable import Decomposable
-from vitdecomp_lens.errors import CapacityError, InputError, UnknownNameError, UnsupportedModelError, near_matches
+from vitdecomp_lens.errors import CapacityError, InputError, UnknownNameError, VitDecompWarning, near_matches
+from vitdecomp_lens.foreign import Foreign
 from vitdecomp_lens.frozen.compiled import CompiledCut, in_full_precision
 from vitdecomp_lens.frozen.graph import FrozenGraph, wide
 from vitdecomp_lens.frozen.rules import sizes
-from vitdecomp_lens.frozen.trace import Read, trace
+from vitdecomp_lens.frozen.trace import Read, reading, trace
 from vitdecomp_lens.frozen.walk import Cut
-from vitdecomp_lens.points import is_hooked
+from vitdecomp_lens.hooked.checks import check_module
+from vitdecomp_lens.points import hook_points, is_hooked
+from vitdecomp_lens.traced import Traced, check_any_images
 
 T = TypeVar("T")
 MAX_BYTES = 512 << 20
+SUPPORTED = 0.9  # the share of its branches that a model's components must be, to say something
 KEPT_BYTES = {"cpu": 60 << 20}  # what may be kept of a run at once; more images are run in pieces
 KEPT_BYTES_ELSEWHERE = 2 << 30
 FEW_IMAGES = 4  # with fewer, products take longer a row: so many may keep four times as much
@@ -31,6 +36,7 @@ FEW_IMAGES = 4  # with fewer, products take longer a row: so many may keep four 
 class Request:
     """A model, traced and compiled for one request."""
 
+    module: nn.Module
     model: Decomposable
     images: Tensor
     by: By
@@ -92,34 +98,50 @@ class Request:
     @property
     def coverage(self) -> Coverage:
         """How many branches are components of their own."""
-        found = {(p.component.kind, p.component.layer) for p in self.met if p.component.kind in ("attn", "mlp", "conv")}
-        return Coverage(len(found), self.model.branches, (*self.cut.missing, *self.cut.unknown))
+        whole = [point.component for point in self.met]
+        found = {(c.kind, c.layer, c.name) for c in whole if c.kind in ("attn", "mlp", "conv", "source")}
+        stops = (*self.cut.missing, *self.cut.unknown, *self.model.stops)
+        return Coverage(len(found), self.model.branches, stops)
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What was asked, of which model."""
         of = self.of if isinstance(self.of, str) else getattr(self.of, "__name__", "function")
-        named = getattr(self.model, "cfg", None)  # third parties may have none
-        return {"by": self.by, "of": of, "model": getattr(named, "model_name", type(self.model).__name__)}
+        named = getattr(self.module, "cfg", None)  # third parties may have none
+        return {"by": self.by, "of": of, "model": getattr(named, "model_name", type(self.module).__name__)}
 
 
 def make_request(
-    model: nn.Module, images: Any, by: By, of: Read, directions: Tensor | None, *, tokens: bool
+    model: nn.Module,
+    images: Any,
+    by: By,
+    of: Read,
+    directions: Tensor | None,
+    *,
+    tokens: bool,
+    labels: Mapping[str, str] | None = None,
 ) -> Request:
     """Check what is asked, trace the model and compile the cut.
+
+    Args:
+        model: What to run.
+        images: On what.
+        by: How fine components are.
+        of: What is decomposed.
+        directions: What to read of it.
+        tokens: Whether components are told apart by token.
+        labels: Of a model of somebody else's, the hooks at which components are read, by the components' labels.
 
     Raises:
         VitDecompError: Where something cannot be used; see `vitdecomp_lens.decompose.decompose`.
     """
-    if not isinstance(model, Decomposable):
-        raise UnsupportedModelError(
-            f"Expected a model that says where its components are read, such as a HookedViT; got"
-            f" {type(model).__name__}. Wrap it: HookedViT(model). For a module of any kind, trace(module, images)"
-            " gives the graph itself, with cuts, push and pull."
-        )
     if by not in ("layer", "head", "neuron"):
         raise InputError(f"by= must be 'layer', 'head' or 'neuron'; got {by!r}.")
-    model.check_images(images)
+    if isinstance(model, Decomposable):
+        model.check_images(images)
+    else:
+        check_module(model)
+        check_any_images(images, model)
     if len(images) == 0:
         raise InputError("Expected at least one image; got an empty batch.")
     if of == "logits" and getattr(model, "has_activation_before_classifier", False):
@@ -128,22 +150,48 @@ def make_request(
             "share of its own in a logit. Use explain, which freezes that function at each photograph; or, for one "
             "image, W, b = model.unembedding_at(cache['hook_representation'][0]), and attribute(model, image, W.T)."
         )
-    points = model.token_points(by) if tokens else model.component_points(by)
+    of_what = "representation" if of == "embedding" else of
+    subject, graph = _described(model, images[:1], by, of_what, tokens, labels)
+    points = subject.token_points(by) if tokens else subject.component_points(by)
     hooks = [point.hook for point in points]
-    lazy = [of] if isinstance(of, str) and of in model.hook_dict else []
-    graph = trace(model, images[:1], of="representation" if of == "embedding" else of, listened=[*hooks, *lazy])
-    if graph.repeated is not None:
-        raise repeated_error(graph.repeated)
-    graph = graph.with_hooks(name for name, point in model.hook_dict.items() if is_hooked(point))
     if directions is not None:
         directions = _checked_directions(directions, sizes(graph.root)[-1], images)
     cut = graph.cut([hook for hook in hooks if hook in graph.points])
-    changed = changed_on_the_path(graph, cut, model.hook_dict)
+    changed = changed_on_the_path(graph, cut, subject.hook_dict)
     dtype = wide(images.dtype if directions is None else directions.dtype)
     program = graph.program(
         cut, splits={p.hook: p.axis for p in points}, through=changed, directions=directions, dtype=dtype
     )
-    return Request(model, images, by, of, points, changed, graph, cut, program, directions, tokens)
+    request = Request(model, subject, images, by, of, points, changed, graph, cut, program, directions, tokens)
+    if subject.stops and request.coverage.share < SUPPORTED:
+        warnings.warn(f"{type(model).__name__}: {request.coverage}.", VitDecompWarning, stacklevel=3)
+    return request
+
+
+def _described(
+    model: nn.Module, image: Tensor, by: By, of: Read, tokens: bool, labels: Mapping[str, str] | None
+) -> tuple[Decomposable, FrozenGraph]:
+    """A model that says where its components are, and its graph; of another one its hooks and its graph say it."""
+    if not isinstance(model, Decomposable):
+        graph = trace(model, image, of=of)
+        foreign = Foreign.of(model, graph, labels)
+        if foreign is None:
+            traced = Traced.of(model, graph)
+            return traced, traced.graph
+        if graph.repeated is not None:
+            raise repeated_error(graph.repeated)
+        return foreign, foreign.graph.with_hooks(n for n, point in foreign.hook_dict.items() if is_hooked(point))
+    if labels is not None:
+        raise InputError(
+            f"{type(model).__name__} says itself at which hooks its components are read: components= takes labels of"
+            " them, such as components=['attn.0']. A mapping from labels to hooks is for models that do not."
+        )
+    points = model.token_points(by) if tokens else model.component_points(by)
+    read = [of] if isinstance(of, str) and of in model.hook_dict else []
+    graph = trace(model, image, of=of, listened=[*(point.hook for point in points), *read])
+    if graph.repeated is not None:
+        raise repeated_error(graph.repeated)
+    return model, graph.with_hooks(name for name, point in model.hook_dict.items() if is_hooked(point))
 
 
 def _checked_directions(directions: Any, d_rep: int, images: Tensor) -> Tensor:
@@ -192,8 +240,10 @@ def on_pieces(
     kept = {*reads, *request.changed} - at_once.keys()
     size = kept_size(graph, program, kept)
     batch_size = _piece(batch_size, images, size * program.dtype.itemsize)
-    of = request.of
-    run: Callable[[Tensor], Any] = (lambda piece: of(model, piece)) if callable(of) else model  # type: ignore[arg-type]
+    of = "representation" if request.of == "embedding" else request.of
+    read, _ = reading(of, hook_points(request.module))
+    # Where nothing is hooked, the graph itself is run.
+    run: Callable[[Tensor], Any] | None = partial(read, request.module) if model.hook_dict else None
     differentiable = torch.is_grad_enabled() and images.requires_grad
     shelf = None if differentiable else Shelf(size * batch_size, program.dtype, program.device)
     results = []

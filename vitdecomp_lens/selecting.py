@@ -130,9 +130,9 @@ def grouped(components: Sequence[Component], by: Literal["layer", "kind"]) -> di
 
 def _of_layer(component: Component) -> Component:
     if component.kind == "head":
-        return Component(kind="attn", layer=component.layer)
+        return Component(kind="attn", layer=component.layer, name=component.name)
     if component.kind == "neuron":
-        return Component(kind="mlp", layer=component.layer)
+        return Component(kind="mlp", layer=component.layer, name=component.name)
     return component
 
 

@@ -143,8 +143,18 @@ class TokenMaps:
         self.untokened, self.total = self.untokened / self.norm, self.total / self.norm
         self.norm = torch.ones_like(self.norm)
 
+    def _lay_in_order(self) -> None:
+        """Bring tokens of windows and the like into the order of their grid."""
+        for point in self.tokened:
+            order = self.request.model.token_order(point.hook)
+            block = self.home[point.hook]
+            if order is not None and order != tuple(range(len(block.grid))):
+                rows = [block.place[c] for c in self.request.components_of(point) if c in block.place]
+                block.values[rows] = block.values[rows][:, :, list(order)]
+
     def result(self, names: Sequence[str] | None) -> TokenAttribution:
         """The scores with their labels."""
+        self._lay_in_order()
         directions = None if names is None else tuple(names)
         others = Attribution(self.untokened, tuple(self.others), directions=directions)
         blocks = tuple(TokenBlock(block.values, tuple(block.place), block.grid) for block in self.blocks.values())

@@ -16,10 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitdecomp_lens import measures
-from vitdecomp_lens.certificate import Certificate
+from vitdecomp_lens.certificate import Certificate, GraphParity, HookCheck, Parity
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.hooked import HookedViT
+from vitdecomp_lens.hooked.registry import has_adapter
 from vitdecomp_lens.request import MAX_BYTES
+from vitdecomp_lens.traced import check_any_images
 
 BEHIND_ACTIVATION = (
     "Logits were not decomposed: an activation function stands between representation\nand classifier. explain reads"
@@ -50,7 +52,8 @@ def verify(
     float64.
 
     Args:
-        model: A `HookedViT`, or a module that has an adapter. It is not changed; hooks on it take no part.
+        model: A `HookedViT`, or any module from images to a vector: hooked where it has an adapter, traced where it has
+            none. It is not changed; hooks on a `HookedViT` take no part.
         images: As the model takes them; by default ``count`` random ones.
         name: What to call the model; by default the name that timm gave it, or its class.
         weights: Where its parameters come from, for the certificate.
@@ -78,25 +81,33 @@ def verify(
     """
     say = progress or (lambda _what, _share: None)
     subject = _subject(model, perturb, seed)
-    single = HookedViT(subject.module)
+    hooked = HookedViT(subject.module) if has_adapter(subject.module) else None
+    single = subject.module if hooked is None else hooked
     images = (_random_images(single, count, seed) if images is None else images).to(measures.weight(single))
-    single.check_images(images)
     say("parity with the original", 0.0)
-    parity = measures.parity(single, images)
+    if hooked is None:
+        check_any_images(images, single)
+        parity: Parity | GraphParity = measures.graph_parity(single, images)
+    else:
+        hooked.check_images(images)
+        parity = measures.parity(hooked, images)
     cuts, coverage = measures.cut_checks(
         single, images, seed=seed, max_bytes=max_bytes, say=lambda what, share: say(what, 0.02 + 0.6 * share)
     )
-    hooks = measures.hook_checks(
-        measures.double(single), images[:1], seed=seed, say=lambda what, share: say(what, 0.62 + 0.3 * share)
-    )
+    twice = measures.double(single)
+    hooks: tuple[HookCheck, ...] = ()
+    if isinstance(twice, HookedViT):
+        hooks = measures.hook_checks(
+            twice, images[:1], seed=seed, say=lambda what, share: say(what, 0.62 + 0.3 * share)
+        )
     say("cost", 0.92)
     measured = measures.cost(single, images) if cost and coverage is not None else None
     say("done", 1.0)
     noise = f"; all parameters perturbed on a copy (seed {seed})" if subject.perturbed else ""
     return Certificate(
-        model=name or _name(single.original),
+        model=name or _name(subject.module),
         weights=weights + noise,
-        licence=_licence(single.original) if licence is None else licence,
+        licence=_licence(subject.module) if licence is None else licence,
         versions={"Python": platform.python_version()} | dict(_versions()),
         images=f"{len(images)} of {' × '.join(map(str, images.shape[1:]))}",
         parity=parity,
@@ -104,7 +115,7 @@ def verify(
         coverage=coverage,
         hooks=hooks,
         cost=measured,
-        notes=(BEHIND_ACTIVATION,) if single.has_activation_before_classifier else (),
+        notes=(BEHIND_ACTIVATION,) if getattr(single, "has_activation_before_classifier", False) else (),
     )
 
 
@@ -119,7 +130,7 @@ class _Subject:
 
 def _subject(model: nn.Module, perturb: bool | None, seed: int) -> _Subject:
     """The module to measure in float32: the user's own where nothing about it has to change."""
-    module = (model if isinstance(model, HookedViT) else HookedViT(model)).original
+    module = measures.original(HookedViT(model) if has_adapter(model) else model)
     perturbed = looks_initial(module) if perturb is None else perturb
     dtype = next(module.parameters()).dtype
     if perturbed or dtype != torch.float32:
@@ -151,15 +162,24 @@ def _perturb(module: nn.Module, seed: int) -> None:
             parameter.add_(amount * noise.to(parameter))
 
 
-def _random_images(model: HookedViT, count: int, seed: int) -> Tensor:
+def _random_images(model: nn.Module, count: int, seed: int) -> Tensor:
     if count < 1:
         raise InputError(f"Expected at least one random image; got count={count}.")
-    spec, size = model.image_spec, model.usual_size()
-    if size is None:
+    shape = _usual_shape(model)
+    if shape is None:
         raise InputError(
             "This model takes images of any size and does not say which is usual; pass images=, a batch to verify with."
         )
-    return torch.randn(count, spec.channels, *size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _usual_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """Channels, height and width of the images that a model says it takes."""
+    if isinstance(model, HookedViT):
+        size = model.usual_size()
+        return None if size is None else (model.image_spec.channels, *size)
+    configured = getattr(model, "pretrained_cfg", None) or {}
+    return configured.get("input_size")
 
 
 # --- names ------------------------------------------------------------------------------------------------------

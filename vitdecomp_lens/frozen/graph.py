@@ -1,8 +1,9 @@
 """A traced module, frozen at an input: cuts, push, pull, and the slow replay that checks them."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from vitdecomp_lens.errors import CapacityError, IncompleteCutError, UnknownNameError, VitDecompWarning, near_matches
+from vitdecomp_lens.frozen.branches import Branches, find_branches
 from vitdecomp_lens.frozen.compiled import CompiledCut, in_full_precision
 from vitdecomp_lens.frozen.fingerprint import fingerprint
 from vitdecomp_lens.frozen.pairs import NoFastPathError
@@ -47,6 +49,8 @@ class FrozenGraph:
         constants: Tensors that the forward made by itself.
         owner: The graph that the nodes belong to.
         hooked: Points whose values would be constants if no hook listened there.
+        named: More points, by name.
+        kept: What is worked out from the graph, as long as it lives.
         points: The node of each hook point that is met; of one that is met more than once, the last.
         repeated: One such, if there is any.
     """
@@ -58,6 +62,8 @@ class FrozenGraph:
     constants: Mapping[str, Tensor]
     owner: Graph
     hooked: frozenset[str] = frozenset()
+    named: Mapping[str, Node] = field(default_factory=dict, repr=False)
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
     _hooked_graphs: "dict[frozenset[str], FrozenGraph]" = field(default_factory=dict, repr=False)
     _cuts: dict[tuple[str, ...] | None, Cut] = field(default_factory=dict, repr=False)
     _programs: dict[Any, "_Compiled"] = field(default_factory=dict, repr=False)
@@ -66,8 +72,8 @@ class FrozenGraph:
         known = self.parameters.keys() | self.constants.keys()
         self.images = next(n for n in self.nodes if n.op == "placeholder" and n.name not in known)
         tagged = [(str(n.args[1]), n) for n in self.nodes if operation(n) == TAG]
-        self.points = dict(tagged)
-        self.repeated = next((name for name, node in tagged if self.points[name] is not node), None)
+        self.points = {**dict(tagged), **self.named}
+        self.repeated = next((name for name, node in tagged if dict(tagged)[name] is not node), None)
         self._order = {node: number for number, node in enumerate(self.nodes)}
         self.from_images = self._depending_on({self.images})
         self.live = self._depending_on({self.images, *(self.points[name] for name in self.hooked)})
@@ -89,9 +95,18 @@ class FrozenGraph:
             return self
         if hooked not in self._hooked_graphs:
             self._hooked_graphs[hooked] = replace(
-                self, hooked=hooked, _cuts={}, _programs={}, _hooked_graphs=self._hooked_graphs
+                self, hooked=hooked, kept={}, _cuts={}, _programs={}, _hooked_graphs=self._hooked_graphs
             )
         return self._hooked_graphs[hooked]
+
+    def with_points(self, named: Mapping[str, Node]) -> "FrozenGraph":
+        """The graph with more points, which have names of one's own."""
+        return replace(self, named=named, kept={}, _cuts={}, _programs={}, _hooked_graphs={})
+
+    @cached_property
+    def branches(self) -> Branches:
+        """The parts that the graph consists of, found by its operations."""
+        return find_branches(self.nodes, self.root, self.live)
 
     # --- cuts ---------------------------------------------------------------------------------------------
 
@@ -121,11 +136,20 @@ class FrozenGraph:
 
     # --- values -------------------------------------------------------------------------------------------
 
-    def evaluate(self, wanted: Iterable[Node], given: Mapping[Node, Any]) -> dict[Node, Any]:
-        """Values of ``wanted``, computed from ``given`` and the live weights; the rest is freed on the way."""
-        wanted = list(wanted)
+    def evaluate(
+        self,
+        wanted: Iterable[Node],
+        given: Mapping[Node, Any],
+        *,
+        at_once: Mapping[Node, Callable[[Any], None]] | None = None,
+    ) -> dict[Node, Any]:
+        """Values of ``wanted``, computed from ``given`` and the live weights; the rest is freed on the way.
+
+        Values of the nodes ``at_once`` are handed over as soon as they are there.
+        """
+        wanted, at_once = list(wanted), at_once or {}
         needed: set[Node] = set()
-        ahead = [n for n in wanted if n not in given]
+        ahead = [n for n in (*wanted, *at_once) if n not in given]
         while ahead:
             node = ahead.pop()
             if node not in needed:
@@ -138,6 +162,8 @@ class FrozenGraph:
         values = dict(given)
         for node in sorted(needed, key=self._order.__getitem__):
             values[node] = self._run(node, values)
+            if node in at_once:
+                at_once[node](values[node])
             for n in node.all_input_nodes:
                 uses[n] -= 1
                 if not uses[n] and n in needed:

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from vitdecomp_lens.frozen.adjoints import Adjoint, pass_back
 from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf
-from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, spread
+from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, check_rank, spread
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
 
@@ -62,17 +62,21 @@ class Shifted:
 
 
 class Program(CompiledCut):
-    """What a cut writes along given directions, by pairs. Made by `compile_cut`."""
+    """What a cut writes along given directions, by pairs. Made by `compile_cut`.
+
+    Attributes:
+        splits: For each point, the axis of its value that tells components apart, and how many there are.
+    """
 
     def __init__(
         self,
         terms: dict[str, list[Term]],
-        parts: Mapping[str, int],
+        splits: Mapping[str, tuple[int | None, int]],
         shifts: list[Shifted],
         tape: Tape,
         directions: int,
     ) -> None:
-        self.terms, self.parts, self.shifts, self.directions = terms, parts, shifts, directions
+        self.terms, self.splits, self.shifts, self.directions = terms, splits, shifts, directions
         slots = [term.weights for several in terms.values() for term in several] + [s.weights for s in shifts]
         self.tape, self.dtype, self.device = tape, tape.dtype, tape.device
         self.points = tuple(terms)
@@ -110,7 +114,8 @@ class Program(CompiledCut):
         """The rows that its only term reads; all where there are several, and none where nothing is read."""
         terms = self.terms[point]
         if not terms:
-            return (1, 0, 0)
+            axis, _ = self.splits[point]
+            return (2 if axis == 1 else 1, 0, 0)
         return terms[0].rows if len(terms) == 1 else None
 
     def weights(self, read: Mapping[Leaf, Tensor], batch: int) -> dict[int, Tensor]:
@@ -145,7 +150,7 @@ class Program(CompiledCut):
             for (point, _, _), product in zip(several, products.split(batch), strict=True):
                 _add(found, point, product.unsqueeze(0))
         zeros = self.tape.ones(0, batch, self.directions)
-        return {p: found[p] if p in found else zeros.new_zeros(self.parts[p], *zeros.shape[1:]) for p in points}
+        return {p: found[p] if p in found else zeros.new_zeros(self.splits[p][1], *zeros.shape[1:]) for p in points}
 
     def _summed(
         self, term: Term, rows: tuple[int, int, int] | None, value: Tensor, a: Tensor, batch: int
@@ -302,6 +307,7 @@ def compile_cut(
             terms[name] = [_term(node, pairs, splits.get(name), tape, laid_out) for pairs in arrived]
         if node not in cut.through:
             continue
+        check_rank(sum(pairs.rank for pairs in arrived))
         for pairs in arrived:
             for source, passed in pass_back(node, pairs, on):
                 if source in live:
@@ -309,7 +315,7 @@ def compile_cut(
                 else:  # a constant that a hook may change
                     on.constant(name_of(source), source, passed, on.value(source))
     parts = {
-        name: 1 if (axis := splits.get(name)) is None else sizes(node)[axis]
+        name: (None, 1) if (axis := splits.get(name)) is None else (axis % len(sizes(node)), sizes(node)[axis])
         for node, name in reads.items()
         if name in terms
     }

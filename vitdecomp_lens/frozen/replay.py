@@ -57,7 +57,7 @@ def replayed(node: Node, through: Sequence[Node], moving: Mapping[Node, Tensor],
 def needs_the_recorded_input(node: Node) -> bool:
     """Whether `replayed` looks at the recorded value of what the operation is passed through."""
     name = operation(node.args[0]) if operation(node) == "getitem" else operation(node)  # type: ignore[arg-type]
-    return name in REPLAYS and name not in _MERE_RESHAPES
+    return name in REPLAYS and name not in _WITHOUT_STATISTICS
 
 
 def inverse_deviation(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -129,6 +129,14 @@ def _picked(x: Tensor, pooled: Tensor, places: Tensor) -> Tensor:
 
 
 _MERE_RESHAPES = frozenset({"aten::view", "aten::_unsafe_view"})
+_WITHOUT_STATISTICS = _MERE_RESHAPES | {"aten::var_mean"}
+
+
+@replay("aten::var_mean")
+def mean_of_several(node: Node, x: Tensor, seen: Tensor | None, value: Callable[[Any], Any]) -> Tensor:
+    """Of variance and mean the mean, which is linear."""
+    dims, keep = argument(node, 1, "dim"), argument(node, 3, "keepdim", False)
+    return x.mean(dims, keepdim=keep)
 
 
 @replay(*_MERE_RESHAPES)

@@ -138,8 +138,8 @@ def _live_inputs(node: Node, live: Container[Node]) -> tuple[Node, ...]:
         "view _unsafe_view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T mT movedim swapaxes"
         " expand expand_as view_as reshape_as repeat alias contiguous clone detach lift_fresh_copy to _to_copy type_as"
         " slice select narrow roll flip pad constant_pad_nd unfold im2col col2im pixel_shuffle pixel_unshuffle"
-        " mean sum avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d"
-        " upsample_bilinear2d upsample_bicubic2d upsample_nearest2d neg"
+        " repeat_interleave mean sum cumsum avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d"
+        " _adaptive_avg_pool2d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d neg"
     ),
     "vitdecomp_lens::tag",
 )
@@ -155,17 +155,40 @@ def dropout(node: Node, live: Container[Node]) -> Passage:
     return SOURCE if active else Passage("linear", (node.args[0],))  # type: ignore[arg-type]
 
 
-@rule("aten::index")
+@rule("aten::index", "aten::index_select", "aten::gather")
 def picks(node: Node, live: Container[Node]) -> Passage:
     """Entries at constant places; places that depend on the images are a choice, not a linear map."""
     inputs = _live_inputs(node, live)
     return Passage("linear", inputs) if inputs == (node.args[0],) else SOURCE
 
 
-@rule("aten::add", "aten::sub", "aten::rsub", "aten::cat", "aten::concat", "aten::stack")
+@rule(*aten("add sub rsub cat concat stack select_scatter slice_scatter"))
 def joins(node: Node, live: Container[Node]) -> Passage:
-    """Sums and concatenations are linear in all that they join."""
+    """Sums, concatenations, and values with parts replaced are linear in all that they join."""
     return Passage("linear", _live_inputs(node, live))
+
+
+@rule("aten::index_put")
+def puts(node: Node, live: Container[Node]) -> Passage:
+    """Values at constant places; linear in these and in what else there is."""
+    places = [n for n in node.args[1] if n is not None]  # type: ignore[union-attr]
+    return SOURCE if any(n in live for n in places) else Passage("linear", _live_inputs(node, live))
+
+
+@rule("aten::where", "aten::masked_fill")
+def chooses(node: Node, live: Container[Node]) -> Passage:
+    """Entries of one or the other value; linear in both where what is chosen is constant."""
+    chosen = node.args[0 if operation(node) == "aten::where" else 1]
+    return SOURCE if chosen in live else Passage("linear", _live_inputs(node, live))
+
+
+@rule("aten::addcmul", "aten::addcdiv")
+def adds_a_product(node: Node, live: Container[Node]) -> Passage:
+    """A sum x + a b, or x + a / b: linear in x, and in a or b where the other is constant."""
+    _, left, right = node.args[:3]
+    divided_by = right in live and operation(node) == "aten::addcdiv"
+    bends = divided_by or (left in live and right in live)
+    return SOURCE if bends else Passage("linear", _live_inputs(node, live))
 
 
 @rule("getitem")
@@ -173,7 +196,7 @@ def takes_one_of_several(node: Node, live: Container[Node]) -> Passage:
     """One output of a split goes on to what was split, the values of a max-pool to what was pooled."""
     several = node.args[0]
     assert isinstance(several, Node)
-    if operation(several) in SPLITS:
+    if operation(several) in SPLITS or (operation(several) == "aten::var_mean" and node.args[1] == 1):
         return Passage("linear", (several.args[0],))  # type: ignore[arg-type]
     if operation(several) in POOLS_WITH_PLACES and node.args[1] == 0:
         return Passage("gate", (several.args[0],))  # type: ignore[arg-type]
@@ -184,13 +207,13 @@ POOLS_WITH_PLACES = frozenset({"aten::adaptive_max_pool2d", "aten::max_pool2d_wi
 SPLITS = frozenset({"aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::tensor_split"})
 
 
-@rule(*SPLITS, *POOLS_WITH_PLACES)
+@rule(*SPLITS, *POOLS_WITH_PLACES, "aten::var_mean")
 def several_at_once(node: Node, live: Container[Node]) -> Passage:
     """What gives several outputs is passed by way of ``getitem``; a walk never meets it itself."""
     return SOURCE
 
 
-@rule("aten::linear", "aten::addmm", "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::baddbmm")
+@rule(*aten("linear addmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d baddbmm"))
 def weighs(node: Node, live: Container[Node]) -> Passage:
     """Products with weights, where only the data depends on the images."""
     inputs = _live_inputs(node, live)
@@ -280,6 +303,17 @@ def multiplies_matrices(node: Node, live: Container[Node]) -> Passage:
     return Passage("pattern", (node.args[1],)) if is_pattern(node.args[0]) else SOURCE  # type: ignore[arg-type]
 
 
+@rule("aten::einsum")
+def contracts(node: Node, live: Container[Node]) -> Passage:
+    """A product with constants, or an attention pattern with its values."""
+    inputs, factors = _live_inputs(node, live), list(node.args[1])  # type: ignore[arg-type]
+    if len(inputs) == 1 and factors.count(inputs[0]) == 1:
+        return Passage("linear", inputs)
+    if len(factors) == 2 and factors[0] is not factors[1] and is_pattern(factors[0]):
+        return Passage("pattern", (factors[1],))
+    return SOURCE
+
+
 @rule("aten::scaled_dot_product_attention")
 def attention(node: Node, live: Container[Node]) -> Passage:
     """Linear in the values once the pattern is frozen."""
@@ -330,8 +364,8 @@ def max_pool(node: Node, live: Container[Node]) -> Passage:
     *aten(
         "gelu silu relu relu6 leaky_relu elu celu selu mish hardswish hardsigmoid hardtanh sigmoid log_sigmoid tanh"
         " softplus softmax _softmax log_softmax exp log erf erfc sin cos pow square sqrt rsqrt reciprocal abs clamp"
-        " clamp_min clamp_max minimum maximum amin max min var std linalg_vector_norm norm prod cumsum"
-        " masked_fill where einsum prelu rrelu glu"
+        " clamp_min clamp_max minimum maximum amin max min var std linalg_vector_norm norm prod"
+        " prelu rrelu glu lstm gru topk sort argsort argmax argmin"
     )
 )
 def bends(node: Node, live: Container[Node]) -> Passage:

@@ -1,7 +1,11 @@
 """From a module to its graph: export once, name what the hooks name, keep it as long as it is true."""
 
+import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,15 +13,20 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from transformer_lens.hook_points import HookPoint
 
-from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, near_matches
+from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, VitDecompError, near_matches
 from vitdecomp_lens.frozen.exported import inline_contexts, make_functional
 from vitdecomp_lens.frozen.graph import FrozenGraph
 from vitdecomp_lens.frozen.kept import MOST_KEPT, Kept, closed_over, same_state, state_of, traces_of
 from vitdecomp_lens.frozen.rules import operation
-from vitdecomp_lens.points import LazyHookPoint, hook_points, on_the_path
+from vitdecomp_lens.frozen.unfolded import unfold_batches
+from vitdecomp_lens.frozen.walk import module_path
+from vitdecomp_lens.points import LazyHookPoint, as_hooks_see_it, as_it_was, hook_points, on_the_path
 
 Read = str | Callable[[nn.Module, Tensor], Tensor]
 REPRESENTATION_HOOK = "hook_representation"
+ENCODERS = ("encode_image", "get_image_features")
+FIELDS = ("image_embeds", "pooler_output", "logits", "last_hidden_state")
+OURS = str(Path(__file__).parent.parent)
 EXAMPLES = 2  # a batch of one could not be told from a dimension of one
 
 
@@ -82,15 +91,26 @@ def trace(
 # --- what is read -------------------------------------------------------------------------------------------
 
 
-def representation(module: nn.Module, images: Tensor) -> Any:
-    """The representation of a module that has no hook for it (design: timm, open_clip, anything else)."""
-    if callable(getattr(module, "forward_features", None)) and callable(getattr(module, "forward_head", None)):
-        features = module.forward_features(images)  # type: ignore[operator]
-        pooled = module.forward_head(features, pre_logits=True)  # type: ignore[operator]
-        return torch.cat(list(pooled), dim=-1) if isinstance(pooled, list | tuple) else pooled
-    if callable(getattr(module, "encode_image", None)):
-        return module.encode_image(images)  # type: ignore[operator]
-    return module(images)
+class Representation:
+    """Reads the representation of a module that has no hook for it: timm's, open_clip's, Hugging Face's, anything else.
+
+    Attributes:
+        field: Which of its outputs that is, where they have names.
+    """
+
+    field: str | None = None
+
+    def __call__(self, module: nn.Module, images: Tensor) -> Any:
+        """Run the module and read it."""
+        if callable(getattr(module, "forward_features", None)) and callable(getattr(module, "forward_head", None)):
+            features = module.forward_features(images)  # type: ignore[operator]
+            pooled = module.forward_head(features, pre_logits=True)  # type: ignore[operator]
+            return torch.cat(list(pooled), dim=-1) if isinstance(pooled, list | tuple) else pooled
+        encoders = (getattr(module, name, None) for name in ENCODERS)
+        output = next(filter(callable, encoders), module)(images)
+        found = {} if isinstance(output, Tensor) else {name: getattr(output, name, None) for name in FIELDS}
+        self.field = next((name for name, value in found.items() if isinstance(value, Tensor)), None)
+        return output if self.field is None else found[self.field]
 
 
 class _Reader(nn.Module):
@@ -105,14 +125,17 @@ class _Reader(nn.Module):
         return self.read(self.module, images)
 
 
-def _reading(of: Read, points: Mapping[str, HookPoint]) -> tuple[Callable[[nn.Module, Tensor], Any], str | None]:
-    """The function to export, and the hook whose value is the root (None: what the function returns)."""
+def reading(of: Read, points: Mapping[str, HookPoint]) -> tuple[Callable[[nn.Module, Tensor], Any], str | None]:
+    """The function of module and images to export or to run, and the hook whose value is the root.
+
+    Without a hook it is what the function returns.
+    """
     if callable(of):
         return of, None
     if of == "logits":
-        return _run, None
+        return _logits, None
     if of == "representation":
-        return (_run, REPRESENTATION_HOOK) if REPRESENTATION_HOOK in points else (representation, None)
+        return (_run, REPRESENTATION_HOOK) if REPRESENTATION_HOOK in points else (Representation(), None)
     if of not in points:
         raise UnknownNameError(
             f"of= must be 'representation', 'logits', 'embedding', a hook name or a function; got {of!r}:"
@@ -125,7 +148,17 @@ def _run(module: nn.Module, images: Tensor) -> Any:
     return module(images)
 
 
+def _logits(module: nn.Module, images: Tensor) -> Any:
+    output = module(images)
+    logits = None if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else output
+
+
 # --- the export ---------------------------------------------------------------------------------------------
+
+
+def _tag_what_hooks_see(name: str, point: HookPoint, _inputs: Any, value: Tensor) -> Tensor:
+    return as_it_was(point, tag(as_hooks_see_it(point, value), name))
 
 
 @contextmanager
@@ -136,35 +169,51 @@ def _tagged(points: Mapping[str, HookPoint]) -> Iterator[None]:
         for name, point in points.items():
             point._forward_pre_hooks = type(point._forward_pre_hooks)()
             point._forward_hooks = type(point._forward_hooks)()
-            point.register_forward_hook(lambda _module, _inputs, value, name=name: tag(value, name))
+            point.register_forward_hook(partial(_tag_what_hooks_see, name))
         yield
     finally:
         for name, point in points.items():
             point._forward_hooks, point._forward_pre_hooks = kept[name]
 
 
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Put back what a forward writes on its modules: an export runs it on stand-ins for them and for their values."""
+    attributes = [(child, dict(child.__dict__)) for child in module.modules()]
+    hooks = [(h, h.copy()) for _, kept in attributes for n, h in kept.items() if n.startswith("_forward")]
+    try:
+        yield
+    finally:
+        for child, before in attributes:
+            for name in child.__dict__.keys() - before.keys():
+                del child.__dict__[name]
+            child.__dict__.update(before)
+        for registered, before in hooks:
+            registered.clear()
+            registered.update(before)
+
+
 def _export(module: nn.Module, images: Tensor, of: Read, points: Mapping[str, HookPoint]) -> FrozenGraph:
-    read, root_hook = _reading(of, points)
+    read, root_hook = reading(of, points)
     reader = _Reader(module, read)
     reader.training = False  # not eval(), which would reach into the module
     examples = images.new_zeros((EXAMPLES, *images.shape[1:]))
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     device = images.device.type
-    with _tagged(points), torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+    plainly = torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False)
+    with ExitStack() as stack:
+        for context in (_left_as_it_was(module), _tagged(points), *plainly):
+            stack.enter_context(context)
         try:
-            program = torch.export.export(reader, (examples,), dynamic_shapes={"images": {0: batch}}, strict=False)
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            NotImplementedError,
-            torch._dynamo.exc.TorchDynamoException,
-        ) as error:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} could not be traced on images of shape {tuple(images.shape)}:"
-                f" {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. Tracing needs a"
-                " forward without branches that depend on values of the images or on the size of the batch."
-            ) from error
+            with warnings.catch_warnings():  # of caches that a module keeps between calls: they are put back
+                warnings.filterwarnings("ignore", "The tensor attributes? ")
+                for of_our_tags in ("A forward hook edited", "A hook on .* returned a modified tensor"):  # by bridges
+                    warnings.filterwarnings("ignore", of_our_tags)
+                program = torch.export.export(reader, (examples,), dynamic_shapes={"images": {0: batch}}, strict=False)
+        except VitDecompError:
+            raise
+        except Exception as error:  # whatever a module's forward may raise
+            raise _untraceable(module, images, error) from error
     graph, names = program.graph, {}
     for signature in (program.graph_signature.inputs_to_parameters, program.graph_signature.inputs_to_buffers):
         names.update({name: target.removeprefix("module.") for name, target in signature.items()})
@@ -172,19 +221,78 @@ def _export(module: nn.Module, images: Tensor, of: Read, points: Mapping[str, Ho
         name: program.constants[target]
         for name, target in program.graph_signature.inputs_to_lifted_tensor_constants.items()
     }
+    _mend_users(graph)
     inline_contexts(graph)
     make_functional(graph)
-    return FrozenGraph(
+    unfold_batches(graph)
+    _refuse_numbers(module, images, graph)
+    field = read.field if isinstance(read, Representation) else None
+    frozen = FrozenGraph(
         nodes=tuple(graph.nodes),
-        root=_root(graph, root_hook, of, module),
+        root=_root(graph, root_hook, of, module, field),
         module=module,
         parameters=names,
         constants=constants,
         owner=graph,
     )
+    if field == "pooler_output":
+        _refuse_bent(frozen)
+    return frozen
 
 
-def _root(graph: Graph, hook: str | None, of: Read, module: nn.Module) -> Node:
+def _mend_users(graph: Graph) -> None:
+    """Put down who reads what: an export forgets it of outputs that are read inside of the graph too."""
+    for node in graph.nodes:
+        for read in node.all_input_nodes:
+            read.users.setdefault(node)
+
+
+def _refuse_bent(graph: FrozenGraph) -> None:
+    """Refuse an output of a pooler that bends all of it: no part before it has a share of its own."""
+    first = list(graph.cut().points.values())
+    if len(first) == 1 and graph.branches.hidden:
+        raise InputError(
+            f"The pooler_output of {type(graph.module).__name__} is not affine in its last features: all of it passes"
+            f" {operation(first[0])} in {module_path(first[0])}. Name what to decompose, for example"
+            " of=lambda model, images: model(images).last_hidden_state[:, 0]."
+        )
+
+
+def _refuse_numbers(module: nn.Module, images: Tensor, graph: Graph) -> None:
+    """Refuse numbers that are read from tensors: they are those of one batch, or mix its images."""
+    for node in graph.nodes:
+        if operation(node) in ("aten::item", "aten::_local_scalar_dense"):
+            *_, place, line = ["", "", *str(node.meta.get("stack_trace", "")).strip().splitlines()]
+            where = f" It stopped at {place.strip().replace(chr(34), '').removeprefix('File ')}: {line.strip()}."
+            raise UnsupportedModelError(_cannot_trace(module, images, where, "A number is read from a tensor."))
+
+
+def _untraceable(module: nn.Module, images: Tensor, error: Exception) -> UnsupportedModelError:
+    said = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return UnsupportedModelError(_cannot_trace(module, images, _where(error), said))
+
+
+def _cannot_trace(module: nn.Module, images: Tensor, where: str, said: str) -> str:
+    """What to say of a forward that cannot be exported: the line that stops it, and what to do."""
+    return (
+        f"{type(module).__name__} could not be traced on images of shape {tuple(images.shape)}.{where} {said}\n"
+        "Tracing needs images that the module takes, and a forward whose branches depend neither on values of the"
+        " images nor on the size of the batch, and that calls torch's operations only: no .item(), no NumPy, no custom"
+        " kernels. Rewrite that line, or pass the part of the module that can be traced."
+    )
+
+
+def _where(error: BaseException) -> str:
+    """The last line of a module's own code on the way to an error."""
+    torchs = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torchs, "<", OURS))]
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f" It stopped in {last.name} ({Path(last.filename).name}, line {last.lineno}): {last.line}."
+
+
+def _root(graph: Graph, hook: str | None, of: Read, module: nn.Module, field: str | None) -> Node:
     if hook is not None:
         root = next((n for n in graph.nodes if operation(n) == "vitdecomp_lens::tag" and n.args[1] == hook), None)
         if root is None:
@@ -201,8 +309,10 @@ def _root(graph: Graph, hook: str | None, of: Read, module: nn.Module) -> Node:
         root = outputs[0]
     if any(size != 1 for size in root.meta["val"].shape[1:-1]) or root.meta["val"].dim() < 2:
         shape = ", ".join(map(str, root.meta["val"].shape[1:]))
+        what, output = (f"of={of!r}", "") if field is None else (field, f".{field}")
         raise InputError(
-            f"What is decomposed must be one vector an image, [batch, d]; of={of!r} is [batch, {shape}]. Name a hook"
-            " with one vector an image, such as hook_representation, or pass a function that pools."
+            f"What is decomposed must be one vector an image, [batch, d]; {what} is [batch, {shape}]. Name a hook"
+            " with one vector an image, such as hook_representation, or pass a function that pools, such as"
+            f" of=lambda model, images: model(images){output}[:, 0]."
         )
     return root

@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from vitdecomp_lens.components import By, Point, TokenGrid
+from vitdecomp_lens.coverage import Stop
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, near_matches
 from vitdecomp_lens.hooked import checks, preprocess, reading
 from vitdecomp_lens.hooked.blocks import HookedBlock, PostNormBlock
@@ -308,6 +309,12 @@ class HookedViT(HookedRootModule):
             ImageSpec(channels=3, size=None, multiple_of=(16, 16))
         """
         return self._tower.image
+
+    stops: tuple[Stop, ...] = ()  # no branch of an adapter's is hidden
+
+    def token_order(self, hook: str) -> None:
+        """Tokens lie in their grid's order at every hook."""
+        return None
 
     @property
     def branches(self) -> int:

@@ -164,6 +164,21 @@ def register_adapter(*class_names: str) -> Callable[[AdapterClass], AdapterClass
     return register
 
 
+def has_adapter(module: nn.Module) -> bool:
+    """Whether there is an adapter for a module's class, or for a parent whose ``forward`` it keeps."""
+    return _adapter_of(module) is not None
+
+
+def _adapter_of(module: nn.Module) -> type[Adapter] | None:
+    for cls in type(module).__mro__:
+        name = f"{cls.__module__}:{cls.__qualname__}"
+        if name in _BUILT_IN and name not in _ADAPTERS:
+            import_module(_BUILT_IN[name])
+        if name in _ADAPTERS and _keeps_forward(module, cls):
+            return _ADAPTERS[name]
+    return None
+
+
 def find_adapter(module: nn.Module) -> Adapter:
     """Return the adapter of a module's class, or of the nearest parent whose ``forward`` it keeps.
 
@@ -171,19 +186,15 @@ def find_adapter(module: nn.Module) -> Adapter:
         UnsupportedModelError: If there is none; the message names one that is near.
     """
     _refuse_patched(module, "model")
-    for cls in type(module).__mro__:
-        name = f"{cls.__module__}:{cls.__qualname__}"
-        if name in _BUILT_IN and name not in _ADAPTERS:
-            import_module(_BUILT_IN[name])
-        if name in _ADAPTERS and _keeps_forward(module, cls):
-            return _ADAPTERS[name]()
+    if (adapter := _adapter_of(module)) is not None:
+        return adapter()
     known = sorted({*_BUILT_IN, *_ADAPTERS})
     shown = f"{type(module).__module__}:{type(module).__qualname__}"
     # Names share much by being dotted: one less alike is of another kind of model.
     nearest = "".join(f"; the nearest is for {name}" for name in get_close_matches(shown, known, n=1, cutoff=0.8))
     raise UnsupportedModelError(
         f"There is no adapter for {shown}{nearest}. Register one with register_adapter, or "
-        f"decompose the module as it is: vitdecomp_lens.trace works for any module."
+        f"decompose the module as it is: decompose(module, images) works for any."
     )
 
 

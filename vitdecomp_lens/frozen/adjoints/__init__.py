@@ -10,7 +10,7 @@ whoever can call `pass_back` has every rule. To add an operation::
         return [(node.args[0], on.scaled(node, pairs, on.value(node.args[1])))]
 """
 
-from vitdecomp_lens.frozen.adjoints import attention, moves, norms, products, slices, sums
+from vitdecomp_lens.frozen.adjoints import attention, derived, moves, norms, products, slices, sums
 from vitdecomp_lens.frozen.adjoints.registry import ADJOINTS, Adjoint, adjoint, pass_back
 from vitdecomp_lens.frozen.rules import SPLITS
 
@@ -19,6 +19,7 @@ __all__ = [
     "Adjoint",
     "adjoint",
     "attention",
+    "derived",
     "moves",
     "norms",
     "pass_back",

@@ -1,12 +1,14 @@
 """Adjoints of what only moves or copies entries: the identity, reshape, permute, expand, roll and flip."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch.fx import Node
 
 from vitdecomp_lens.frozen.adjoints.registry import Adjoint, Passed, adjoint, aligned_shape, input_of
-from vitdecomp_lens.frozen.pairs import NoFastPathError, Pairs, reshape, settle
+from vitdecomp_lens.frozen.pairs import NoFastPathError, Pairs, Tape, reshape, settle
 from vitdecomp_lens.frozen.rules import argument, aten, sizes
 
 
@@ -34,11 +36,15 @@ def permutes(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     # The dimensions' numbers as lengths of a tensor without memory: whatever the operation, it tells its order.
     probe = torch.empty(0, device="meta").new_empty(tuple(range(2, dims + 2)))
     moved = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    order = [n - 2 for n in moved.shape]
-    back = [order.index(d) for d in range(dims)]
-    weights = on.tape.step(lambda a: a.permute(0, *(1 + d for d in back)), pairs.weights)
+    return [(source, permuted_back(pairs, on.tape, [n - 2 for n in moved.shape]))]
+
+
+def permuted_back(pairs: Pairs, tape: Tape, order: Sequence[int]) -> Pairs:
+    """Pairs before a permutation whose dimension ``d`` is dimension ``order[d]`` of its input."""
+    back = [order.index(d) for d in range(len(order))]
+    weights = tape.step(lambda a: a.permute(0, *(1 + d for d in back)), pairs.weights)
     maps = pairs.maps.permute(0, 1, *(2 + d for d in back))
-    return [(source, Pairs(weights, maps, tuple(pairs.owners[d] for d in back), order[pairs.batch]))]
+    return Pairs(weights, maps, tuple(pairs.owners[d] for d in back), order[pairs.batch])
 
 
 @adjoint("aten::expand", "aten::expand_as")
@@ -60,6 +66,16 @@ def before_copies(node: Node, source: Node, pairs: Pairs, on: Adjoint) -> Pairs:
     if theirs := [2 + d for d in copied if pairs.owners[d] == "M"]:
         maps = maps.sum(theirs, keepdim=True)
     return reshape(replace(pairs, weights=weights, maps=maps), on.tape, sizes(source), inner)
+
+
+def with_dim(pairs: Pairs, tape: Tape, dim: int, owner: Literal["A", "M"] = "A") -> Pairs:
+    """Pairs with a dimension of length one put in at ``dim``."""
+    return Pairs(
+        tape.step(lambda a: a.unsqueeze(1 + dim), pairs.weights),
+        pairs.maps.unsqueeze(2 + dim),
+        (*pairs.owners[:dim], owner, *pairs.owners[dim:]),
+        pairs.batch + (dim <= pairs.batch),
+    )
 
 
 @adjoint("aten::roll")

@@ -4,16 +4,16 @@ A rule is a function of a node, the pairs at its output, and the `Adjoint` that 
 it and `pass_back` looks it up. The rules themselves stand in the other files of this folder.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from vitdecomp_lens.errors import CapacityError, InputError
-from vitdecomp_lens.frozen.pairs import NoFastPathError, Pairs, Tape, settle
+from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, length, settle
 from vitdecomp_lens.frozen.rules import operation, sizes
 from vitdecomp_lens.frozen.walk import module_path
 
@@ -128,3 +128,49 @@ def input_of(node: Node) -> Node:
     source = node.args[0]
     assert isinstance(source, Node)
     return source
+
+
+def by_derivative(
+    pairs: Pairs, tape: Tape, dims: Sequence[int], inner: Sequence[int], run: Callable[[Tensor], Tensor]
+) -> Pairs:
+    """Pairs before a linear operation on some dimensions, alike for whatever else there is: torch's own derivative.
+
+    It is taken of whichever factor owns these dimensions; where both do, they go to A.
+
+    Args:
+        pairs: Those after it.
+        tape: For A.
+        dims: The dimensions that it mixes.
+        inner: Lengths of all dimensions before it, as many as after it.
+        run: The operation, for any batch and for any lengths of the dimensions that it does not mix.
+    """
+    if pairs.batch in dims:
+        raise NoFastPathError("it mixes the batch")
+    owner: Literal["A", "M"] = "A" if any(pairs.owners[d] == "A" for d in dims) else "M"
+    pairs = settle(pairs, tape, dims, owner)
+    batch, lengths = pairs.batch, {d: inner[d] for d in dims}
+
+    def back(value: Tensor, leading: int) -> Tensor:
+        folded = value.movedim(tuple(range(leading)), tuple(range(batch, batch + leading)))
+        sizes_before = folded.shape[batch : batch + leading + 1]
+        folded = folded.flatten(batch, batch + leading)
+        zero = folded.new_zeros([lengths.get(d, n) for d, n in enumerate(folded.shape)])
+        (found,) = torch.func.vjp(run, zero)[1](folded)
+        found = found.unflatten(batch, sizes_before)
+        return found.movedim(tuple(range(batch, batch + leading)), tuple(range(leading)))
+
+    if owner == "M":
+        return replace(pairs, maps=back(pairs.maps, 2))
+    return replace(pairs, weights=tape.step(lambda a: back(a, 1), pairs.weights))
+
+
+def hand_over(pairs: Pairs, tape: Tape, dims: Sequence[int]) -> Pairs:
+    """Give dimensions of A to M: each slice of A becomes a pair of its own, whose M is that slice alone."""
+    for dim in dims:
+        if pairs.owners[dim] == "A" and length(pairs, tape, dim) > 1:
+            shape = list(pairs.maps.shape)
+            shape[2 + dim] = length(pairs, tape, dim)
+            both: list[Owner] = list(pairs.owners)
+            both[dim] = "both"
+            pairs = replace(pairs, maps=pairs.maps.expand(shape), owners=tuple(both))
+    return settle(pairs, tape, dims, "M")

@@ -1,14 +1,19 @@
 """Adjoints of what takes parts and puts parts together: select, slice, split, concatenation and padding."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vitdecomp_lens.frozen.adjoints.registry import Adjoint, Passed, adjoint, input_of
+from vitdecomp_lens.frozen.adjoints.moves import with_dim
+from vitdecomp_lens.frozen.adjoints.registry import Adjoint, Passed, adjoint, by_derivative, input_of
+from vitdecomp_lens.frozen.adjoints.sums import averaged
 from vitdecomp_lens.frozen.pairs import NoFastPathError, Pairs, Tape, reshape
 from vitdecomp_lens.frozen.rules import SPLITS, argument, operation, sizes
+from vitdecomp_lens.frozen.walk import module_path
 
 
 def _cut_out(pairs: Pairs, tape: Tape, dim: int, where: slice, size: int) -> Pairs:
@@ -29,16 +34,6 @@ def _cut_out(pairs: Pairs, tape: Tape, dim: int, where: slice, size: int) -> Pai
     if pairs.owners[dim] != "A":
         maps = put(maps, 2 + dim)
     return replace(pairs, weights=weights, maps=maps)
-
-
-def with_dim(pairs: Pairs, tape: Tape, dim: int, owner: Literal["A", "M"] = "A") -> Pairs:
-    """Pairs with a dimension of length one put in at ``dim``."""
-    return Pairs(
-        tape.step(lambda a: a.unsqueeze(1 + dim), pairs.weights),
-        pairs.maps.unsqueeze(2 + dim),
-        (*pairs.owners[:dim], owner, *pairs.owners[dim:]),
-        pairs.batch + (dim <= pairs.batch),
-    )
 
 
 @adjoint("aten::select")
@@ -78,6 +73,8 @@ def takes_one_of_several(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """One output of a split or an unbind: its slice of what was split."""
     several, number = node.args[0], argument(node, 1, "index")
     assert isinstance(several, Node)
+    if operation(several) == "aten::var_mean":
+        return [(input_of(several), averaged(several, pairs, on, keepdim=argument(several, 3, "keepdim", False)))]
     if operation(several) not in SPLITS:
         raise NoFastPathError(f"{operation(several)} has no adjoint")
     source, outputs = input_of(several), several.meta["val"]
@@ -115,6 +112,47 @@ def joins(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     return passed
 
 
+@adjoint("aten::select_scatter", "aten::slice_scatter")
+def replaces_a_part(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
+    """The part gets its slice, the rest what is left."""
+    base, part = node.args[:2]
+    assert isinstance(base, Node)
+    assert isinstance(part, Node)
+    selects = operation(node) == "aten::select_scatter"
+    dim = argument(node, 2, "dim", 0) % len(sizes(node))
+    if pairs.batch == dim:
+        raise NoFastPathError("a part of the batch")
+    size = sizes(node)[dim]
+    if selects:
+        first = argument(node, 3, "index") % size
+        where = slice(first, first + 1)
+    else:
+        where = slice(argument(node, 3, "start"), argument(node, 4, "end"), argument(node, 5, "step", 1))
+    left = on.tape.ones(size).clone()
+    left[where] = 0
+    left = left.reshape([size if d == dim else 1 for d in range(len(sizes(node)))])
+    passed = []
+    for source, mine in ((base, on.scaled(node, pairs, left)), (part, _taken(pairs, on.tape, dim, where))):
+        if source not in on.live:
+            value = on.value(source)
+            on.constant(on.name_of(source), node, mine, value.unsqueeze(dim) if source is part and selects else value)
+        elif source is part and selects:
+            whole = (*sizes(part)[:dim], 1, *sizes(part)[dim:])
+            passed.append((source, reshape(mine, on.tape, sizes(part), whole)))
+        else:
+            passed.append((source, mine))
+    return passed
+
+
+def _taken(pairs: Pairs, tape: Tape, dim: int, where: slice) -> Pairs:
+    weights, maps = pairs.weights, pairs.maps
+    if pairs.owners[dim] != "M":
+        weights = tape.step(lambda a: a[(slice(None),) * (1 + dim) + (where,)], weights)
+    if pairs.owners[dim] != "A":
+        maps = maps[(slice(None),) * (2 + dim) + (where,)]
+    return replace(pairs, weights=weights, maps=maps)
+
+
 def _narrowed(pairs: Pairs, tape: Tape, dim: int, first: int, count: int) -> Pairs:
     weights, maps = pairs.weights, pairs.maps
     if pairs.owners[dim] != "M":
@@ -128,16 +166,20 @@ def _narrowed(pairs: Pairs, tape: Tape, dim: int, first: int, count: int) -> Pai
 def pads(node: Node, pairs: Pairs, on: Adjoint) -> Passed:
     """What was padded is dropped; a padding other than zero is a constant of its own."""
     source, amounts = input_of(node), list(node.args[1])  # type: ignore[arg-type]
-    if any(amounts) and argument(node, 2, "mode", "constant") not in ("constant", 0, 0.0):
-        raise NoFastPathError("a padding that repeats entries")
-    if any(amounts) and argument(node, 3, "value"):
-        raise NoFastPathError("a padding other than zero")
-    dims = len(sizes(node))
-    for place in range(len(amounts) // 2):
-        dim, before = dims - 1 - place, amounts[2 * place]
-        size = sizes(source)[dim]
-        if before < 0 or amounts[2 * place + 1] < 0:
-            raise NoFastPathError("a negative padding")
-        if sizes(node)[dim] != size:
-            pairs = _narrowed(pairs, on.tape, dim, before, size)
+    padded = {len(sizes(node)) - 1 - n // 2: amounts[n : n + 2] for n in range(0, len(amounts), 2)}
+    padded = {dim: around for dim, around in padded.items() if any(around)}
+    mode, value = "constant", argument(node, 3, "value")
+    if operation(node) == "aten::constant_pad_nd":
+        value = argument(node, 2, "value", 0)
+    else:
+        mode = argument(node, 2, "mode", "constant")
+    if value and padded:
+        shape = [1 if dim == pairs.batch else size for dim, size in enumerate(sizes(source))]
+        around = torch.nn.functional.pad(on.tape.ones(*shape) * 0, amounts, value=value)
+        on.constant(f"{module_path(node)}.padding", node, pairs, around)
+    if padded and (mode != "constant" or min(amounts) < 0):  # entries are repeated, or cut off
+        run = partial(torch.nn.functional.pad, pad=amounts, mode=mode)
+        return [(source, by_derivative(pairs, on.tape, list(padded), sizes(source), run))]
+    for dim, (before, _) in padded.items():
+        pairs = _narrowed(pairs, on.tape, dim, before, sizes(source)[dim])
     return [(source, pairs)]

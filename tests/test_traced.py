@@ -1,0 +1,277 @@
+"""Plain modules, decomposed by their graph alone: they say what the adapters say, and say so where they cannot."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from staged_models import STAGED_MODELS
+from staged_models import images_for as staged_images
+from tiny_models import TINY_MODELS, images_for, perturb
+from torch import nn
+
+from vitdecomp_lens import Decomposition, HookedViT, attribute, attribute_tokens, decompose, trace, verify
+from vitdecomp_lens.certificate import GraphParity
+from vitdecomp_lens.errors import InputError, UnsupportedModelError, VitDecompWarning
+from vitdecomp_lens.traced import check_any_images
+
+COLUMNS = ["class_token", "layer_scale", "dinov2_reg", "swiglu", "mean_pool_fc_norm", "open_clip", "cait", "xcit"]
+STAGED = ["swin", "swin_v2", "maxvit", "coatnet"]
+PARTS = ("embed", "attn", "mlp", "head", "neuron", "conv")
+
+
+def made(name):
+    if name in TINY_MODELS:
+        return TINY_MODELS[name]().double(), images_for(name, 2).double()
+    return STAGED_MODELS[name]().double(), staged_images(name, 2)
+
+
+def of_kind(parts, kind):
+    return [value for value, component in zip(parts.values, parts.components, strict=True) if component.kind == kind]
+
+
+SWEPT = ["dinov2_reg", "mean_pool_fc_norm", "xcit", "swin_v2", "coatnet"]
+
+
+@pytest.mark.parametrize("by", ["layer", "head", "neuron"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name in SWEPT)) for name in [*COLUMNS, *STAGED]]
+)
+def test_a_traced_model_and_its_adapter_agree_component_by_component(name, by):
+    model, x = made(name)
+    hooked, traced = decompose(HookedViT(model), x, by=by), decompose(model, x, by=by)
+    assert (traced.gap < 1e-10).all()
+    torch.testing.assert_close(traced.total, hooked.total, rtol=0, atol=1e-12)
+    for kind in PARTS:  # a block's branches may come in another order
+        mine, theirs = of_kind(traced, kind), of_kind(hooked, kind)
+        assert len(mine) == len(theirs)
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert (traced.coverage.found, traced.coverage.branches) == (hooked.coverage.found, hooked.coverage.branches)
+
+
+TOKENS = ["layer_scale", "dinov2_reg", "open_clip", "swin", "swin_v2", "maxvit", "hiera_not_square"]
+
+
+@pytest.mark.filterwarnings("ignore:aten..(amax|scaled_dot):vitdecomp_lens.errors.VitDecompWarning")
+@pytest.mark.parametrize("name", TOKENS)
+def test_token_maps_of_a_traced_model_lie_where_its_adapter_says(name):
+    model, x = made(name)
+    hooked = HookedViT(model)
+    width = decompose(hooked, x[:1], by="layer").total.shape[-1]
+    u = torch.randn(2, width, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    maps = []
+    for one in (hooked, model):
+        tokens = attribute_tokens(one, x, u, by="layer")
+        order = {c.label: place for place, c in enumerate(decompose(one, x[:1], by="layer").components)}
+        found = [(order[c.label], block, row) for block in tokens.blocks for row, c in enumerate(block.components)]
+        maps.append([(block.grid, block.values[row]) for _, block, row in sorted(found, key=lambda f: f[0])])
+        assert tokens.rest.abs().max() < 1e-10 * tokens.total.abs().max()
+    assert len(maps[0]) == len(maps[1])
+    for (grid, expected), (traced_grid, found) in zip(*maps, strict=True):
+        assert (traced_grid.rows, traced_grid.columns) == (grid.rows, grid.columns)
+        patches = grid.rows * grid.columns
+        torch.testing.assert_close(found[:, -patches:], expected[:, -patches:], rtol=0, atol=1e-10)
+
+
+def test_scores_of_a_traced_model_are_the_projections_of_its_vectors():
+    model, x = made("swin")
+    u = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts, scores = decompose(model, x), attribute(model, x, u)
+    assert scores.labels == parts.labels
+    torch.testing.assert_close(scores.values, parts.values @ u.T, rtol=0, atol=1e-10)
+
+
+def test_components_are_named_by_module_path(tmp_path):
+    model, x = made("layer_scale")
+    parts = decompose(model, x)
+    assert parts.labels[:3] == ("embed", "blocks.0.attn.H0", "blocks.0.attn.H1")
+    assert "blocks.1.mlp" in parts
+    assert "pos_embed" in parts
+    assert parts.select(kind="head", layer=1).labels == tuple(f"blocks.1.attn.H{n}" for n in range(4))
+    whole = parts.group(by="layer")
+    torch.testing.assert_close(whole["blocks.0.attn"], parts.select(kind="head", layer=0).sum())
+    parts.save(tmp_path / "parts.safetensors")
+    assert Decomposition.load(tmp_path / "parts.safetensors").components == parts.components
+    assert decompose(model, x, by="neuron").labels[2] == "blocks.0.mlp.N0"
+
+
+def test_logits_functions_and_embeddings_of_a_traced_model_are_read():
+    model, x = made("class_token")
+    torch.testing.assert_close(decompose(model, x, of="logits").total, model(x).detach(), rtol=0, atol=1e-12)
+    parts = decompose(model, x, of=lambda module, images: module.forward_features(images)[:, 1:].mean(1))
+    assert (parts.gap < 1e-10).all()
+    torch.testing.assert_close(decompose(model, x, of="embedding").total.norm(dim=-1), torch.ones(2).double())
+
+
+def test_torchs_own_hooks_and_new_weights_are_part_of_what_is_traced():
+    model, x = made("class_token")
+    before = decompose(model, x, by="layer")
+    handle = model.blocks[1].mlp.register_forward_hook(lambda _module, _inputs, value: 2 * value)
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)
+    hooked = decompose(model, x, by="layer")
+    torch.testing.assert_close(hooked.total, expected)
+    assert (hooked.gap < 1e-10).all()
+    handle.remove()
+    torch.testing.assert_close(decompose(model, x, by="layer").values, before.values)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.mul_(2)
+    assert not torch.allclose(decompose(model, x, by="layer")["blocks.1.mlp"], before["blocks.1.mlp"])
+
+
+def test_gradients_reach_the_images_as_through_the_adapter():
+    model, x = made("mean_pool_fc_norm")
+    grads = []
+    for one in (HookedViT(model), model):
+        images = x.clone().requires_grad_()
+        decompose(one, images, by="head").values[3].pow(2).sum().backward()
+        grads.append(images.grad)
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-10)
+
+
+def test_pieces_of_a_batch_give_what_the_whole_gives():
+    model, x = made("swin")
+    x = torch.cat([x, x.flip(-1), x[:1]])
+    whole, pieces = decompose(model, x), decompose(model, x, batch_size=2)
+    torch.testing.assert_close(pieces.values, whole.values, rtol=0, atol=1e-12)
+
+
+# --- what is hidden ---
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("resnet18", "layer4.1.act2"), ("vgg11", "pre_logits.act2"), ("mobilevit_xxs", "final_conv.bn.act")],
+)
+def test_a_nonlinearity_that_everything_passes_is_named_and_counted_against_coverage(name, where):
+    model = perturb(timm.create_model(name, num_classes=5))
+    with pytest.warns(VitDecompWarning, match=f"(?s)1 of [0-9]+ branches.*{where}: only what follows it is linear"):
+        parts = decompose(model, torch.rand(1, 3, 64, 64))
+    assert parts.coverage.found == 1
+    assert parts.coverage.share < 0.2
+    assert parts.coverage.stops[0].module == where
+
+
+def test_an_activation_inside_a_branch_hides_nothing():
+    model = perturb(timm.create_model("efficientvit_b0", num_classes=5)).eval()  # two activations a branch
+    graph = trace(model.stages, torch.rand(1, 8, 32, 32), of=lambda module, x: module(x).mean((2, 3)))
+    named = [branch.name for branch in graph.branches.found]
+    assert len(named) == len(set(named))
+
+
+class Chain(nn.Module):
+    """Residual convolutions with two activations each."""
+
+    def __init__(self, *, after=False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(8, 16, 1),
+                nn.ReLU(),
+                nn.Conv2d(16, 16, 3, padding=1, groups=16),
+                nn.ReLU(),
+                nn.Conv2d(16, 8, 1),
+            )
+            for _ in range(3)
+        )
+        self.after = after
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+            x = x.relu() if self.after else x
+        return x.mean((2, 3))
+
+
+def test_two_activations_one_after_the_other_are_one_branch():
+    x = torch.rand(2, 3, 16, 16)
+    parts = decompose(perturb(Chain()), x)
+    assert parts.coverage.found == parts.coverage.branches == 3
+    assert [c.kind for c in parts.components][:4] == ["embed", "conv", "conv", "conv"]
+    with pytest.warns(VitDecompWarning, match="1 of 6"):  # each block: a branch, and an activation of the stream
+        decompose(perturb(Chain(after=True)), x)
+
+
+# --- bad input ---
+
+
+class Stops(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(48, 4), how
+
+    def forward(self, x):
+        y = self.linear(x.flatten(1))
+        if self.how == "branch" and y.sum() > 0:
+            return -y
+        if self.how == "numpy":
+            return torch.from_numpy(y.numpy())
+        return y * y.max().item() if self.how == "item" else y
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [("branch", r"if self.how == \"branch\" and y.sum\(\) > 0:"), ("numpy", "y.numpy"), ("item", r"y.max\(\).item")],
+)
+def test_a_module_that_cannot_be_exported_is_told_the_line_that_stops_it(how, line):
+    with pytest.raises(UnsupportedModelError, match=f"(?s)could not be traced.*test_traced.py, line .*{line}.*Rewrite"):
+        decompose(Stops(how).eval(), torch.rand(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(3, 16, 16), "images\\[None\\]"),
+        (torch.rand(2, 3, 16, 16).to(torch.uint8), "floating tensor"),
+        (torch.full((1, 3, 16, 16), torch.nan), "finite; image 0"),
+        (torch.rand(1, 3, 16, 16).double(), "Convert them: images.to\\(torch.float32\\)"),
+    ],
+)
+def test_images_that_no_model_takes_are_refused(images, message):
+    with pytest.raises(InputError, match=message):
+        check_any_images(images, Chain())
+
+
+def test_wrong_channels_name_the_line_that_refused_them():
+    with pytest.raises(UnsupportedModelError, match=r"expected input.* to have 3 channels, but got 4"):
+        decompose(perturb(Chain()), torch.rand(1, 4, 16, 16))
+
+
+def test_modules_that_are_training_or_wrapped_are_refused():
+    chain = perturb(Chain())
+    with pytest.raises(UnsupportedModelError, match="evaluation mode"):
+        decompose(chain.train(), torch.rand(1, 3, 16, 16))
+    with pytest.raises(UnsupportedModelError, match=r"model.module"):
+        decompose(nn.DataParallel(chain.eval()), torch.rand(1, 3, 16, 16))
+    with pytest.raises(InputError, match="at least one image"):
+        decompose(chain.eval(), torch.rand(0, 3, 16, 16))
+
+
+# --- certificates ---
+
+
+def test_a_plain_module_is_certified():
+    certificate = verify(Chain().eval(), torch.rand(2, 3, 16, 16), cost=False)
+    assert certificate.supported
+    assert certificate.hooks == ()
+    assert certificate.parity == GraphParity(0.0)
+    assert "traced, not hooked: within 0.0e+00 of the module itself" in str(certificate)
+    assert not replace(certificate, parity=GraphParity(2e-5)).supported
+    assert json.loads(certificate.to_json())["parity"] == {"difference": 0.0}
+
+
+def test_a_module_whose_stream_is_bent_is_not():
+    with pytest.warns(VitDecompWarning, match="lie behind it"):
+        certificate = verify(Chain(after=True).eval(), torch.rand(1, 3, 16, 16), cost=False)
+    assert not certificate.supported
+    assert "coverage is below 90 %: 1 of 6 branches are components of their own (17 %)" in certificate.failures[0]
+    assert "5 branches lie" in str(certificate)
+
+
+def test_images_for_a_plain_module_have_the_size_that_it_names():
+    with pytest.raises(InputError, match="pass images="):
+        verify(Chain().eval())
