@@ -72,7 +72,7 @@ class Branch:
         """The axis of attention's heads, where its values have as many dimensions as what it writes, and as many."""
         values, source = sizes(self.values), sizes(self.source)  # type: ignore[arg-type]
         axis = self.source_channels[0]
-        return axis if len(values) == len(source) and values[axis] == source[axis] else None
+        return axis if axis >= 0 and len(values) == len(source) and values[axis] == source[axis] else None
 
     def token_axes(self, where: Where) -> tuple[int, ...]:
         """The axes of a value that run over tokens; windows may be folded into the batch besides."""
@@ -97,12 +97,14 @@ class Branches:
     Attributes:
         found: Those that a walk from the output meets first, the embedding before all.
         hidden: How many lie behind another one.
+        last: The source that all of the output passes, if there is one.
         stops: Where these others are.
     """
 
     found: tuple[Branch, ...]
     hidden: int
     stops: tuple[Stop, ...]
+    last: Node | None
 
 
 def find_branches(nodes: Sequence[Node], root: Node, live: Collection[Node]) -> Branches:
@@ -114,7 +116,8 @@ def find_branches(nodes: Sequence[Node], root: Node, live: Collection[Node]) -> 
     behind = _Behind(passages, frozenset(points), root, regions)
     met = [node for node in nodes if node in regions.met]
     found = [_branch(node, passages, regions, node in behind.embeddings) for node in met]
-    return Branches(_with_names(found), *behind.hidden({branch.source: branch.name for branch in found}))
+    hidden = behind.hidden({branch.source: branch.name for branch in found})
+    return Branches(_with_names(found), *hidden, regions.owner.get(root))
 
 
 # --- where branches start ---------------------------------------------------------------------------------------
@@ -359,7 +362,9 @@ def _reshaped(dims: Dims, inner: Sequence[int], outer: Sequence[int], source: Se
         parts = [dims[d] for d in left if inner[d] > 1]
         wide = [d for d in right if outer[d] > 1]
         atoms = tuple(atom for part in parts for atom in part)
-        if WRITTEN not in atoms and [source[atom] for atom in atoms] == [outer[d] for d in wide]:
+        if atoms == (0,) and len(wide) > 1:  # heads or windows that were folded into the batch get numbers of their own
+            parts = [(0,), *((-1 - d,) for d in wide[1:])]
+        elif min(atoms, default=0) >= 0 and [source[atom] for atom in atoms] == [outer[d] for d in wide]:
             parts = [(atom,) for atom in atoms]  # heads that were folded with their channels, told apart again
         if len(parts) == len(wide):
             for d, made_of in zip(wide, parts, strict=True):

@@ -44,6 +44,7 @@ class FrozenGraph:
     Attributes:
         nodes: Operations in order.
         root: What is decomposed, ``[batch, d_rep]``.
+        output: What the module was read to give: the root, or what an activation function makes of it.
         module: The module that was traced.
         parameters: Dotted name of the parameter or buffer behind each placeholder.
         constants: Tensors that the forward made by itself.
@@ -57,6 +58,7 @@ class FrozenGraph:
 
     nodes: tuple[Node, ...]
     root: Node
+    output: Node
     module: nn.Module
     parameters: Mapping[str, str]
     constants: Mapping[str, Tensor]

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx import Node
 
+from vitdecomp_lens.errors import CapacityError
 from vitdecomp_lens.frozen.adjoints import Adjoint, pass_back
 from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf
 from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, check_rank, spread
@@ -262,6 +263,7 @@ def _weights_of(
     return a.reshape(term.rank, batch, -1, a.shape[len(order) :].numel())
 
 
+MOST_BYTES = 2 << 30
 _LaidOut = dict[tuple[object, ...], tuple[int, Tensor, Tensor]]
 
 
@@ -308,6 +310,7 @@ def compile_cut(
         if node not in cut.through:
             continue
         check_rank(sum(pairs.rank for pairs in arrived))
+        _check_size([pairs.maps for pairs in arrived], laid_out)
         for pairs in arrived:
             for source, passed in pass_back(node, pairs, on):
                 if source in live:
@@ -321,6 +324,18 @@ def compile_cut(
     }
     shifts = [_shifted(shift.name, shift.pairs, shift.value, tape) for shift in on.shifts]
     return Program({name: terms[name] for name in splits if name in terms}, parts, shifts, tape, len(directions))
+
+
+def _check_size(arrived: Iterable[Tensor], laid_out: _LaidOut) -> None:
+    """Refuse maps that take more than `MOST_BYTES` together.
+
+    Raises:
+        CapacityError: If they do.
+    """
+    maps = [*arrived, *(maps for _, _, maps in laid_out.values())]
+    size = sum(m.numel() * m.element_size() for m in maps)
+    if size > MOST_BYTES:
+        raise CapacityError(f"the structured adjoint's maps would take {size:,} bytes, more than {MOST_BYTES:,}")
 
 
 def _start(root: Node, tape: Tape, directions: Float[Tensor, "direction d_rep"]) -> Pairs:

@@ -360,13 +360,21 @@ def max_pool(node: Node, live: Container[Node]) -> Passage:
     return Passage("gate", (node.args[0],))  # type: ignore[arg-type]
 
 
-@rule(
-    *aten(
+ACTIVATIONS = frozenset(
+    aten(
         "gelu silu relu relu6 leaky_relu elu celu selu mish hardswish hardsigmoid hardtanh sigmoid log_sigmoid tanh"
-        " softplus softmax _softmax log_softmax exp log erf erfc sin cos pow square sqrt rsqrt reciprocal abs clamp"
+        " softplus"
+    )
+)
+
+
+@rule(
+    *ACTIVATIONS,
+    *aten(
+        "softmax _softmax log_softmax exp log erf erfc sin cos pow square sqrt rsqrt reciprocal abs clamp"
         " clamp_min clamp_max minimum maximum amin max min var std linalg_vector_norm norm prod"
         " prelu rrelu glu lstm gru topk sort argsort argmax argmin"
-    )
+    ),
 )
 def bends(node: Node, live: Container[Node]) -> Passage:
     """Nonlinearities, and what is rarely on a path: their value is taken as given."""

@@ -1,9 +1,11 @@
 """From a module to its graph: export once, name what the hooks name, keep it as long as it is true."""
 
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModel
 from vitdecomp_lens.frozen.exported import inline_contexts, make_functional
 from vitdecomp_lens.frozen.graph import FrozenGraph
 from vitdecomp_lens.frozen.kept import MOST_KEPT, Kept, closed_over, same_state, state_of, traces_of
-from vitdecomp_lens.frozen.rules import operation
+from vitdecomp_lens.frozen.rules import ACTIVATIONS, operation, sizes
 from vitdecomp_lens.frozen.unfolded import unfold_batches
 from vitdecomp_lens.frozen.walk import module_path
 from vitdecomp_lens.points import LazyHookPoint, as_hooks_see_it, as_it_was, hook_points, on_the_path
@@ -55,7 +57,8 @@ def trace(
         module: Any module that maps images to a tensor, in evaluation mode.
         images: An example, ``[batch, channel, height, width]``; only its shape, dtype and device matter.
         of: ``"representation"`` (timm: pooled and normed features before the classifier; open_clip: the
-            projected embedding; otherwise the module's output), ``"logits"`` (the module's output), the name
+            projected embedding; otherwise the module's output; where it ends in an activation function, what enters
+            that), ``"logits"`` (the module's output), the name
             of a hook point, or a function of module and images.
         listened: Lazy hook points that are going to be listened at: the graph is that of a run with them.
 
@@ -227,9 +230,11 @@ def _export(module: nn.Module, images: Tensor, of: Read, points: Mapping[str, Ho
     unfold_batches(graph)
     _refuse_numbers(module, images, graph)
     field = read.field if isinstance(read, Representation) else None
+    root = _root(graph, root_hook, of, module, field)
     frozen = FrozenGraph(
         nodes=tuple(graph.nodes),
-        root=_root(graph, root_hook, of, module, field),
+        root=root,
+        output=root,
         module=module,
         parameters=names,
         constants=constants,
@@ -237,7 +242,23 @@ def _export(module: nn.Module, images: Tensor, of: Read, points: Mapping[str, Ho
     )
     if field == "pooler_output":
         _refuse_bent(frozen)
-    return frozen
+    return _before_activation(frozen) if isinstance(read, Representation) else frozen
+
+
+def _before_activation(frozen: FrozenGraph) -> FrozenGraph:
+    """The graph of what enters an activation function that all of the output passes, where that is one vector."""
+    bent = frozen.branches.last
+    if bent is None or operation(bent) not in ACTIVATIONS:
+        return frozen
+    (enters,) = bent.all_input_nodes
+    if math.prod(sizes(enters)[1:]) != max(sizes(enters)[1:]):
+        return frozen
+    with frozen.owner.inserting_after(enters):
+        root = frozen.owner.call_function(torch.ops.aten.flatten.using_ints, (enters, 1))
+    root.meta = {**enters.meta, "val": enters.meta["val"].flatten(1)}
+    return replace(
+        frozen, nodes=tuple(frozen.owner.nodes), root=root, kept={}, _cuts={}, _programs={}, _hooked_graphs={}
+    )
 
 
 def _mend_users(graph: Graph) -> None:
