@@ -126,12 +126,6 @@ def test_too_large_a_result_is_refused_before_it_is_computed():
         attribute_tokens(hooked, IMAGES, torch.rand(4, 32), max_bytes=1000)
 
 
-def test_a_module_that_does_not_say_where_its_components_are_is_told_what_to_do():
-    message = r"Expected a model that says .*; got VisionTransformer\. Wrap it: HookedViT\(model\)"
-    with pytest.raises(UnsupportedModelError, match=message):
-        decompose(TINY_MODELS["class_token"](), IMAGES)
-
-
 def test_every_error_is_one_of_ours():
     for error in (InputError, UnknownNameError, UnsupportedModelError, CapacityError):
         assert issubclass(error, VitDecompError)

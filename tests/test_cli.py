@@ -126,7 +126,7 @@ def test_weights_of_a_file_are_not_perturbed_and_have_no_stated_licence(monkeypa
             ["explain", "a.jpg", "--model", "test_vit", "--class", "-1"],
             "no class -1; there are 1000, numbered from 0 to",
         ),
-        (["verify", "test_resnet"], "There is no adapter for timm.models.resnet:ResNet"),
+        (["explain", "a.jpg", "--model", "test_resnet"], "There is no adapter for timm.models.resnet:ResNet"),
         (["explain", "none.jpg", "--model", "test_vit", "--class", "tensh"], "did you mean 'tench'"),
         (["explain", "none.jpg", "--model", "test_vit", "--class-names", "none.txt"], "class names cannot be read"),
         (["explain", "none.jpg", "--model", "test_vit", "--weights", "none.safetensors"], "cannot be read"),
@@ -148,7 +148,7 @@ def test_open_clip_is_named_only_where_it_has_the_model_and_the_command_takes_it
 
 
 def test_an_adapter_is_called_the_nearest_only_where_it_is_near(capsys):
-    assert main(["verify", "test_resnet"]) == 2
+    assert main(["explain", "a.jpg", "--model", "test_resnet"]) == 2
     printed = capsys.readouterr().err
     assert "There is no adapter for timm.models.resnet:ResNet. Register one" in printed
     assert "nearest" not in printed

@@ -89,7 +89,7 @@ def test_architectures_without_adapter_are_refused_with_the_nearest_and_trace(mo
     name = f"{type(module).__module__}:{type(module).__name__}"
     with pytest.raises(UnsupportedModelError, match=re.escape(name)) as caught:
         HookedViT(module)
-    assert "vitdecomp_lens.trace works for any module" in str(caught.value)
+    assert "decompose(module, images) works for any" in str(caught.value)
     if "HieraDet" in name:
         assert "the nearest is for timm.models.hiera:Hiera" in str(caught.value)
 

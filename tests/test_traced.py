@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from einops import rearrange
 from staged_models import STAGED_MODELS
 from staged_models import images_for as staged_images
 from tiny_models import TINY_MODELS, images_for, perturb
@@ -194,6 +195,63 @@ def test_two_activations_one_after_the_other_are_one_branch():
     assert [c.kind for c in parts.components][:4] == ["embed", "conv", "conv", "conv"]
     with pytest.warns(VitDecompWarning, match="1 of 6"):  # each block: a branch, and an activation of the stream
         decompose(perturb(Chain(after=True)), x)
+
+
+class Inline(nn.Module):
+    """A block whose MLP is in its own forward, and whose attention lays channels out before heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn, self.fc1, self.fc2 = nn.LayerNorm(8), Turned(), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm(x))
+        return x + self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "b n (t h d) -> t b h n d", t=3, h=2)
+        z = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(z, "b h n d -> b n (d h)"))
+
+
+class Inlined(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 8, 4, 4), nn.ModuleList(Inline() for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+def test_parts_in_a_blocks_own_forward_have_names_of_their_own():
+    model, x = perturb(Inlined()).double(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    parts = decompose(model, x)
+    assert parts.labels[:4] == ("embed", "blocks.0.attn.H0", "blocks.0.attn.H1", "blocks.0.gelu")
+    assert parts.select(layer=1).labels == ("blocks.1.attn.H0", "blocks.1.attn.H1", "blocks.1.gelu")
+    assert parts.coverage.found == parts.coverage.branches == 4
+
+
+def test_heads_are_those_of_attention_wherever_their_channels_are_laid():
+    model, x = perturb(Inlined()).double(), torch.rand(1, 3, 16, 16, dtype=torch.float64)
+    whole = decompose(model, x)
+    with torch.no_grad():  # the values of the second head
+        model.blocks[1].attn.qkv.weight[20:24] = 0
+        model.blocks[1].attn.qkv.bias[20:24] = 0
+    without = decompose(model, x)
+    assert not without["blocks.1.attn.H1"].abs().max() > 1e-12
+    torch.testing.assert_close(without["blocks.1.attn.H0"], whole["blocks.1.attn.H0"])
+    u = torch.randn(1, 8, dtype=torch.float64)
+    tokens = attribute_tokens(model, x, u)
+    torch.testing.assert_close(tokens["blocks.1.attn.H0"].sum(1), without["blocks.1.attn.H0"] @ u.T)
 
 
 # --- bad input ---

@@ -170,6 +170,8 @@ class _Leaves:
         self._compute([leaf for leaf in self._of[name] if self._needs[leaf] <= self._met.keys()])
         for met in [met for met in self._met if all(leaf in self._read for leaf in self._of[met])]:
             del self._met[met]  # a large value; who still needs it keeps it
+        if name in self._met:
+            self._met[name] = value.clone()  # a stream may be added to in place
 
     def _compute(self, leaves: Sequence[Leaf]) -> None:
         given = {self._graph.images: self._images, **{self._graph.points[n]: value for n, value in self._met.items()}}

@@ -209,9 +209,10 @@ class Foreign:
 
     @property
     def branches(self) -> int:
-        """How many branches there are, hidden ones included; one that is read at several hooks counts for each."""
+        """How many branches there are, hidden ones besides; one that is read at several hooks counts for each."""
         read = {p.component.label for p in self.component_points("layer") if p.component.kind in LABELLED}
-        return max(len(read), self.traced.branches)
+        hidden = self.graph.branches.hidden
+        return max(len(read), self.traced.branches - hidden) + hidden
 
     @property
     def stops(self) -> tuple[Stop, ...]:

@@ -58,7 +58,7 @@ def graph_parity(module: nn.Module, images: Tensor) -> GraphParity:
 
 def weight(model: nn.Module) -> Tensor:
     """A tensor with the model's device and dtype, for ``.to()``."""
-    return next(model.parameters())
+    return next(model.parameters(), torch.zeros(()))
 
 
 def _leaves(output: Any) -> list[Tensor]:

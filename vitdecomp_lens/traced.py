@@ -152,7 +152,8 @@ def _name(branch: Branch, where: Where) -> str:
 
 def _block(branch: Branch) -> str:
     """The path of a branch's block, up to its last number."""
-    *parents, _ = branch.name.split(".")
+    parts = branch.name.partition("#")[0].split(".")
+    parents = parts if parts[-1].isdigit() else parts[:-1]
     last = max((place for place, part in enumerate(parents) if part.isdigit()), default=-1)
     return ".".join(parents[: last + 1]) if last >= 0 else branch.name
 

@@ -83,7 +83,10 @@ def verify(
     subject = _subject(model, perturb, seed)
     hooked = HookedViT(subject.module) if has_adapter(subject.module) else None
     single = subject.module if hooked is None else hooked
-    images = (_random_images(single, count, seed) if images is None else images).to(measures.weight(single))
+    images = _random_images(single, count, seed) if images is None else images
+    if not isinstance(images, Tensor):
+        raise InputError(f"Images must be a tensor [batch, channel, height, width]; got {type(images).__name__}.")
+    images = images.to(measures.weight(single))
     say("parity with the original", 0.0)
     if hooked is None:
         check_any_images(images, single)

@@ -65,13 +65,20 @@ class Branch:
         """The axis of a value that tells heads or neurons apart; None where nothing shows it."""
         if where == "output" or len(self.channels) != (2 if self.kind == "attn" else 1) or self.kind not in PARTS:
             return None
-        return self.channels[0] if where == "parts" else self._split_of_values
+        return self.channels[self._head] if where == "parts" else self._split_of_values
+
+    @property
+    def _head(self) -> int:
+        """Which of the channels' dimensions tells heads apart: no row or column of attention's product."""
+        rank = len(sizes(self.source))
+        outside = [number for number, axis in enumerate(self.source_channels) if axis < rank - 2]
+        return outside[0] if self.kind == "attn" and outside else 0
 
     @property
     def _split_of_values(self) -> int | None:
         """The axis of attention's heads, where its values have as many dimensions as what it writes, and as many."""
         values, source = sizes(self.values), sizes(self.source)  # type: ignore[arg-type]
-        axis = self.source_channels[0]
+        axis = self.source_channels[self._head]
         return axis if axis >= 0 and len(values) == len(source) and values[axis] == source[axis] else None
 
     def token_axes(self, where: Where) -> tuple[int, ...]:
@@ -441,7 +448,13 @@ class _Behind:
                 readers.setdefault(found, []).append((source, joined))
         joins = {source: source is not self._last for source in self._regions.met}
         hiders: dict[Node, frozenset[Node]] = {source: frozenset({source}) for source in self._regions.met}
-        module = dict(modules)
+        module = {
+            # A module that holds other branches, too, is nobody's own.
+            source: module_path(source)
+            if any(_is_inside(other, name) and other != name for other in modules.values())
+            else name
+            for source, name in modules.items()
+        }
         count: dict[Node, int] = {}
         total = 0
         for source in sorted(self._reads.keys() - self._regions.met, reverse=True):
@@ -496,10 +509,11 @@ def _with_names(branches: Sequence[Branch]) -> tuple[Branch, ...]:
     taken: dict[str, int] = {}
     for branch in branches:
         name = branch.name
-        if any(other.startswith(f"{name}.") for other in names):
-            path = module_path(branch.source)
-            name = parent if (parent := path.rpartition(".")[0]) != name else path
-        name = name or operation(branch.source).removeprefix("aten::")
+        path, what = module_path(branch.source), operation(branch.source).removeprefix("aten::")
+        if any(other != name and _is_inside(other, name) for other in names):
+            inner = [place for place in (path.rpartition(".")[0], path) if place != name and _is_inside(place, name)]
+            name = inner[0] if inner else f"{name}.{what}"
+        name = name or what
         taken[name] = number = taken.get(name, -1) + 1
         found.append(replace(branch, name=f"{name}#{number}" if number else name))
     return tuple(found)

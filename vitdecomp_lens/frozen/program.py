@@ -263,7 +263,7 @@ def _weights_of(
     return a.reshape(term.rank, batch, -1, a.shape[len(order) :].numel())
 
 
-MOST_BYTES = 2 << 30
+MOST_BYTES = 4 << 30
 _LaidOut = dict[tuple[object, ...], tuple[int, Tensor, Tensor]]
 
 

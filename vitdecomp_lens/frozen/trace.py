@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from transformer_lens.hook_points import HookPoint
 
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, VitDecompError, near_matches
+from vitdecomp_lens.frozen.branches import JOINS
 from vitdecomp_lens.frozen.exported import inline_contexts, make_functional
 from vitdecomp_lens.frozen.graph import FrozenGraph
 from vitdecomp_lens.frozen.kept import MOST_KEPT, Kept, closed_over, same_state, state_of, traces_of
@@ -29,6 +30,7 @@ REPRESENTATION_HOOK = "hook_representation"
 ENCODERS = ("encode_image", "get_image_features")
 FIELDS = ("image_embeds", "pooler_output", "logits", "last_hidden_state")
 OURS = str(Path(__file__).parent.parent)
+POOLINGS = frozenset({"aten::mean", "aten::adaptive_avg_pool2d", "aten::_adaptive_avg_pool2d"})
 EXAMPLES = 2  # a batch of one could not be told from a dimension of one
 
 
@@ -57,8 +59,8 @@ def trace(
         module: Any module that maps images to a tensor, in evaluation mode.
         images: An example, ``[batch, channel, height, width]``; only its shape, dtype and device matter.
         of: ``"representation"`` (timm: pooled and normed features before the classifier; open_clip: the
-            projected embedding; otherwise the module's output; where it ends in an activation function, what enters
-            that), ``"logits"`` (the module's output), the name
+            projected embedding; otherwise the module's output; where a head of timm's ends in an activation function,
+            what enters that), ``"logits"`` (the module's output), the name
             of a hook point, or a function of module and images.
         listened: Lazy hook points that are going to be listened at: the graph is that of a run with them.
 
@@ -99,13 +101,16 @@ class Representation:
 
     Attributes:
         field: Which of its outputs that is, where they have names.
+        has_head: Whether a head of timm's was asked for what its classifier reads.
     """
 
     field: str | None = None
+    has_head = False
 
     def __call__(self, module: nn.Module, images: Tensor) -> Any:
         """Run the module and read it."""
         if callable(getattr(module, "forward_features", None)) and callable(getattr(module, "forward_head", None)):
+            self.has_head = True
             features = module.forward_features(images)  # type: ignore[operator]
             pooled = module.forward_head(features, pre_logits=True)  # type: ignore[operator]
             return torch.cat(list(pooled), dim=-1) if isinstance(pooled, list | tuple) else pooled
@@ -242,16 +247,17 @@ def _export(module: nn.Module, images: Tensor, of: Read, points: Mapping[str, Ho
     )
     if field == "pooler_output":
         _refuse_bent(frozen)
-    return _before_activation(frozen) if isinstance(read, Representation) else frozen
+    plain = isinstance(read, Representation) and read.has_head and not points
+    return _before_activation(frozen) if plain else frozen
 
 
 def _before_activation(frozen: FrozenGraph) -> FrozenGraph:
-    """The graph of what enters an activation function that all of the output passes, where that is one vector."""
+    """The graph of what enters an activation function of a head that all of the output passes, after the pooling."""
     bent = frozen.branches.last
     if bent is None or operation(bent) not in ACTIVATIONS:
         return frozen
     (enters,) = bent.all_input_nodes
-    if math.prod(sizes(enters)[1:]) != max(sizes(enters)[1:]):
+    if not _is_pooled(enters):
         return frozen
     with frozen.owner.inserting_after(enters):
         root = frozen.owner.call_function(torch.ops.aten.flatten.using_ints, (enters, 1))
@@ -259,6 +265,17 @@ def _before_activation(frozen: FrozenGraph) -> FrozenGraph:
     return replace(
         frozen, nodes=tuple(frozen.owner.nodes), root=root, kept={}, _cuts={}, _programs={}, _hooked_graphs={}
     )
+
+
+def _is_pooled(node: Node) -> bool:
+    """Whether a value is a vector an image, or what weights made of one; a single pixel is none before the pooling."""
+    while len(sizes(node)) > 2:
+        if operation(node) in POOLINGS:
+            return math.prod(sizes(node)[1:]) == max(sizes(node)[1:])
+        if len(node.args) == 0 or not isinstance(node.args[0], Node) or operation(node) in JOINS:
+            return False
+        node = node.args[0]
+    return True
 
 
 def _mend_users(graph: Graph) -> None:
