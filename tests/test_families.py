@@ -299,42 +299,22 @@ QUICK = [
 ]
 # Computes norms in single precision whatever it is asked for: in double precision it rounds, which no map does.
 SINGLE = {"deepseek_vit"}
-# Whose pairs become too many, or meet a maximum, at the default cut and at that of all nonlinear outputs.
-SLOW = {
-    "default": {
-        "mvitv2",
-        "davit",
-        "gcvit",
-        "poolformer",
-        "poolformer v2",
-        "convformer",
-        "starnet",
-        "csatv2",
-        "iformer",
-        "efficientformer",
-        "efficientvim",
-        "swiftformer",
-    },
-    "everything": {
-        "mvitv2",
-        "davit",
-        "gcvit",
-        "poolformer",
-        "poolformer v2",
-        "convformer",
-        "starnet",
-        "csatv2",
-        "iformer",
-        "efficientformer",
-        "efficientvim",
-        "convnext v2",
-        "hiera",
-        "hieradet_sam2",
-        "nest",
-        "shvit",
-        "swiftformer",
-    },
+# Whose pairs become too many, or meet a maximum: at every cut, and at that of all nonlinear outputs besides.
+ALWAYS_SLOW = {
+    "convformer",
+    "csatv2",
+    "davit",
+    "efficientformer",
+    "efficientvim",
+    "gcvit",
+    "iformer",
+    "mvitv2",
+    "poolformer",
+    "poolformer v2",
+    "starnet",
+    "swiftformer",
 }
+SLOW = {"default": ALWAYS_SLOW, "everything": ALWAYS_SLOW | {"convnext v2", "hiera", "hieradet_sam2", "nest", "shvit"}}
 
 
 def member(name):
