@@ -333,3 +333,25 @@ def test_a_module_whose_stream_is_bent_is_not():
 def test_images_for_a_plain_module_have_the_size_that_it_names():
     with pytest.raises(InputError, match="pass images="):
         verify(Chain().eval())
+
+
+def test_caches_that_a_module_keeps_are_left_as_they_were():
+    model = perturb(timm.create_model("levit_128s", num_classes=5))
+    x = torch.rand(1, 3, 224, 224)
+    trace(model, x)
+    with torch.no_grad():
+        first, second = model(x), model(x)  # with an empty cache, and with a full one
+    assert torch.equal(first, second)
+    assert type(first) is torch.Tensor
+
+
+def test_a_head_that_ends_in_an_activation_is_read_before_it():
+    model, x = perturb(timm.create_model("fasternet_t0", num_classes=5)), torch.rand(2, 3, 64, 64)
+    parts = decompose(model, x, by="layer")
+    assert parts.coverage.share == 1
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(nn.functional.gelu(parts.total), features)
+    single = perturb(timm.create_model("test_efficientnet", num_classes=5))  # one pixel, but not yet pooled
+    with pytest.warns(VitDecompWarning, match="only what follows it is linear"):
+        assert decompose(single, torch.rand(1, 3, 32, 32)).coverage.found == 1

@@ -188,7 +188,9 @@ def _tagged(points: Mapping[str, HookPoint]) -> Iterator[None]:
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     """Put back what a forward writes on its modules: an export runs it on stand-ins for them and for their values."""
     attributes = [(child, dict(child.__dict__)) for child in module.modules()]
-    hooks = [(h, h.copy()) for _, kept in attributes for n, h in kept.items() if n.startswith("_forward")]
+    held = [value for _, before in attributes for value in before.values()]
+    dicts = [(value, value.copy()) for value in held if isinstance(value, dict)]  # hooks, and caches of all kinds
+    lists = [(value, value.copy()) for value in held if type(value) is list]
     try:
         yield
     finally:
@@ -196,9 +198,11 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
             for name in child.__dict__.keys() - before.keys():
                 del child.__dict__[name]
             child.__dict__.update(before)
-        for registered, before in hooks:
-            registered.clear()
-            registered.update(before)
+        for cache, then in dicts:
+            cache.clear()
+            cache.update(then)
+        for items, before_them in lists:
+            items[:] = before_them
 
 
 def _export(module: nn.Module, images: Tensor, of: Read, points: Mapping[str, HookPoint]) -> FrozenGraph:
