@@ -41,7 +41,7 @@ def original(model: nn.Module) -> nn.Module:
 def double(single: nn.Module) -> nn.Module:
     """A deep copy in float64, hooked where the model is."""
     module = copy.deepcopy(original(single))
-    device = next(module.parameters()).device
+    device = weight(module).device
     # Apple's GPUs have no float64.
     module = module.to("cpu" if device.type == "mps" else device, torch.float64)
     return HookedViT(module) if isinstance(single, HookedViT) else module
