@@ -303,7 +303,7 @@ def test_tokens_are_summed_during_the_run_where_one_number_scales_their_weights(
     assert program.summed_first == ({"hook_source"} if known else set())
     if known:
         value = recorded[cut.points["hook_source"]]
-        sums = {"hook_source": program.summed("hook_source", value, program.known_weights(3), 3)}
+        sums = {"hook_source": program.summed("hook_source", value, 3)}
         weights = program.weights_at(recorded, 3)
         found = program.contributions(sums, weights, 3, summed=sums)["hook_source"][0]
         close(found, alone(graph, cut, recorded, "hook_source", value))

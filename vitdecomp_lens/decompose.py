@@ -7,7 +7,7 @@ the model natively, and take what it computed through the compiled cut. They kno
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,11 +230,9 @@ def _contributions(
     refuse_too_large((rows, count, program.directions), program.dtype, max_bytes, "component batch direction")
 
     sums: dict[str, Tensor] = {}
-    known = cache(program.known_weights)  # by the size of a piece
 
     def sum_at_once(hook: str, images: slice, part: Tensor) -> None:
-        batch = images.stop - images.start
-        sums[hook] = program.summed(hook, part, known(batch), batch)
+        sums[hook] = program.summed(hook, part, images.stop - images.start)
 
     at_once = {p.hook: partial(sum_at_once, p.hook) for p in read if p.hook in program.summed_first}
 

@@ -68,11 +68,7 @@ class CompiledCut(ABC):
         """Points of whose values `summed` keeps little: their weights are known before the run, but for a scale."""
         return frozenset()
 
-    def known_weights(self, batch: int) -> Any:
-        """The weights that are the same at every batch of this size: what `summed` takes."""
-        raise NotImplementedError
-
-    def summed(self, point: str, part: Tensor, known: Any, batch: int) -> Tensor:
+    def summed(self, point: str, part: Tensor, batch: int) -> Tensor:
         """What `contributions` takes of a point in place of a part of its value. Only for `summed_first`."""
         raise NotImplementedError
 

@@ -54,6 +54,7 @@ def traces_of(module: nn.Module) -> Traces:
 _HOOKS = frozenset({"_forward_pre_hooks", "_forward_hooks"})
 _WEIGHTS = frozenset({"_parameters", "_buffers"})
 _BOOKS = {_ATTRIBUTE, "context_level", "is_caching"}  # the last two TransformerLens keeps while hooks are on
+_SIMPLE = frozenset({type(None), bool, int, float, str})
 _STEERS_NOTHING = frozenset(nn.Module().__dict__) - {"training", *_HOOKS, *_WEIGHTS} | _BOOKS
 
 
@@ -63,12 +64,17 @@ def state_of(module: nn.Module) -> list[Any]:
     The things themselves, not their ids: an id is given again once its owner is gone.
     """
     found: list[Any] = []
-    for child in module.modules():
+    ahead, seen = [module], {module}
+    while ahead:  # as modules() does, without their names: this runs at every request
+        child = ahead.pop()
         if isinstance(child, HookPoint):
             continue
+        new = [m for m in child._modules.values() if m is not None and m not in seen]
+        seen.update(new)
+        ahead += new
         found.append(child)
         for name, value in child.__dict__.items():
-            if name in _STEERS_NOTHING:  # nearly all names do; this runs at every request
+            if name in _STEERS_NOTHING:  # nearly all names do
                 continue
             if name in _HOOKS:
                 found += value.values()
@@ -76,7 +82,10 @@ def state_of(module: nn.Module) -> list[Any]:
                 found += [item for key, tensor in value.items() for item in (key, tensor is None)]
             else:
                 found.append(name)
-                _collect(value, found)
+                if type(value) in _SIMPLE:  # nearly all are
+                    found.append(value)
+                else:
+                    _collect(value, found)
     return found
 
 
@@ -95,7 +104,7 @@ _PLAIN = (type(None), bool, int, float, str, nn.Module, torch.dtype)
 
 def _collect(value: Any, found: list[Any]) -> None:
     """Flatten containers, so that what is changed inside of them is seen."""
-    if isinstance(value, _PLAIN):  # nearly all are
+    if isinstance(value, _PLAIN):
         found.append(value)
     elif isinstance(value, Mapping):
         found.append(len(value))

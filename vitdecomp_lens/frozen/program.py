@@ -84,6 +84,7 @@ class Program(CompiledCut):
         self.constants = tuple(dict.fromkeys(shift.name for shift in shifts))
         self.slots, self.leaves = tape.needed(slots)
         self._summed_first = frozenset(p for p, several in terms.items() if self._is_summed_first(several))
+        self._known: tuple[int, dict[int, Tensor]] = 0, {}  # for the last size of a batch
         tape.forget_examples()
 
     @property
@@ -102,14 +103,21 @@ class Program(CompiledCut):
     def _is_summed_first(self, terms: Sequence[Term]) -> bool:
         return [self.tape.scale(t.weights) is not None and 2 * t.rank <= t.tokens for t in terms] == [True]
 
-    def known_weights(self, batch: int) -> dict[int, Tensor]:
+    def _known_weights(self, batch: int) -> dict[int, Tensor]:
         """The weights A of `summed_first`, less their scales."""
-        return self.tape.known([self.terms[point][0].weights for point in self._summed_first], batch)
+        known_for, known = self._known
+        if known_for != batch:
+            slots = [self.terms[point][0].weights for point in self._summed_first]
+            with torch.inference_mode(False), torch.no_grad():  # kept for calls outside of these too
+                known = self.tape.known(slots, batch)
+            self._known = batch, known
+        return known
 
-    def summed(self, point: str, part: Tensor, known: Mapping[int, Tensor], batch: int) -> Tensor:
+    def summed(self, point: str, part: Tensor, batch: int) -> Tensor:
         """Σ_tokens A X for the only term, less A's scale."""
         (term,) = self.terms[point]
-        return self._summed(term, self.kept_rows(point), part, known[term.weights], batch)
+        known = self._known_weights(batch)[term.weights]
+        return self._summed(term, self.kept_rows(point), part, known, batch)
 
     def kept_rows(self, point: str) -> tuple[int, int, int] | None:
         """The rows that its only term reads; all where there are several, and none where nothing is read."""
