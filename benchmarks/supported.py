@@ -23,7 +23,7 @@ import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,24 +38,26 @@ from torch import nn
 from vitdecomp_lens import HookedViT, decompose
 from vitdecomp_lens.coverage import Stop
 from vitdecomp_lens.errors import UnsupportedModelError, VitDecompError, VitDecompWarning
+from vitdecomp_lens.frozen.trace import Read
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "supported-models.md"
 CHECKPOINT = Path(__file__).with_suffix(".jsonl")
 
 MODULES = """
-    beit cait coat convit convmixer convnext cpubone crossvit csatv2 davit deepseek_vit deit edgenext
-    efficientformer efficientformer_v2 efficientvim efficientvit_mit efficientvit_msra eva fasternet fastvit
-    focalnet gcvit gemma4_vit hiera hieradet_sam2 iformer inception_next levit lowformer mambaout maxxvit
-    metaformer mlp_mixer mobilenetv5 mobilevit mvitv2 naflexvit nest nextvit pit pvt_v2 qwen3_vit rdnet repvit
+    beit cait coat convit convnext crossvit csatv2 davit deepseek_vit deit edgenext efficientformer
+    efficientformer_v2 efficientvim efficientvit_msra eva fasternet focalnet gcvit gemma4_vit hiera hieradet_sam2
+    iformer inception_next levit mambaout maxxvit metaformer mlp_mixer mobilevit mvitv2 naflexvit nest nextvit pit
+    pvt_v2 qwen3_vit rdnet repvit
     sequencer shvit starnet swiftformer swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit tnt
     twins vision_transformer vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam
     visformer vitamin volo xcit
 """
 # Modules of timm that are not swept, by the reason.
 ACTIVATED = """
-    byoanet byobnet cspnet cspnext dla dpn efficientnet ghostnet hardcorenas hgnet hrnet lcnetv2 mobilenetv3
-    nfnet regnet repghost res2net resnest resnet resnetv2 rexnet selecsls senet sknet tresnet vgg vovnet
+    byoanet byobnet convmixer cpubone cspnet cspnext dla dpn efficientnet efficientvit_mit fastvit ghostnet
+    hardcorenas hgnet hrnet lcnetv2 lowformer mobilenetv3 mobilenetv5 nfnet regnet repghost res2net resnest resnet
+    resnetv2 rexnet selecsls senet sknet tresnet vgg vovnet
 """
 NOT_SUMMED = """
     densenet inception_resnet_v2 inception_v3 inception_v4 nasnet pnasnet xception xception_aligned
@@ -65,7 +67,7 @@ LEFT_OUT = {
     "No sum of branches runs through the model: values are concatenated, or handed on": NOT_SUMMED,
 }
 
-LARGEST = 400_000_000  # parameters
+LARGE, LARGEST = 100_000_000, 400_000_000  # parameters: above the first, narrower models are run where there are any
 CLASSES = 5
 SIZES = (128, 160, 192, 224, 256)  # of images, the first that a model takes
 SMALLEST_PATCH = 8  # smaller ones are merged later
@@ -209,16 +211,18 @@ def _plan_of_tower(name: str, family: str) -> Planned:
 def _planned(name: str, family: str, model: nn.Module, sizes: Sequence[int], *, sized: bool) -> Planned:
     """The plan of a model that was made: narrower where it is too large."""
     size = {_size_option(name): sizes[0]} if sized else {}
-    for narrowed in (1, 2, 4):
-        narrower = _narrower(name, model, narrowed) if narrowed > 1 else {}
-        if narrowed > 1 and not narrower:
+    chosen = Planned(name, family, fingerprint(model), _count(model), tuple(sizes), sized=sized)
+    for narrowed in (2, 4):
+        narrower = _narrower(name, model, narrowed)
+        if chosen.parameters <= LARGE or not narrower:
             break
         try:
-            tried = _on_meta(name, **size, **narrower) if narrower else model
+            tried = _on_meta(name, **size, **narrower)
         except Exception:  # this width cannot be had
             break
-        if (count := _count(tried)) <= LARGEST:
-            return Planned(name, family, fingerprint(tried), count, tuple(sizes), narrower, sized, narrowed)
+        chosen = replace(chosen, key=fingerprint(tried), parameters=_count(tried), options=narrower, narrowed=narrowed)
+    if chosen.parameters <= LARGEST:
+        return chosen
     return Planned(
         name, family, fingerprint(model), _count(model), tuple(sizes), skipped=f"over {LARGEST // 10**6} M parameters"
     )
@@ -277,9 +281,10 @@ def measure(planned: Planned, tell: Callable[[dict[str, Any]], None]) -> None:
         tell({"way": "traced"})
     tell({"image": images.shape[-1], "images": len(images), "step": "first decomposition"})
     started = time.perf_counter()
+    of = what_is_read(model, images)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        parts = decompose(subject, images, by="head")
+        parts = decompose(subject, images, by="head", of=of)
     coverage = parts.coverage
     tell(
         {
@@ -293,7 +298,19 @@ def measure(planned: Planned, tell: Callable[[dict[str, Any]], None]) -> None:
             "step": "cost",
         }
     )
-    tell({"cost": _cost(lambda: model(images), lambda: decompose(subject, images, by="head"))})
+    tell({"cost": _cost(lambda: model(images), lambda: decompose(subject, images, by="head", of=of))})
+
+
+def what_is_read(model: nn.Module, images: torch.Tensor) -> Read:
+    """What is decomposed: of an encoder for language models, which gives tokens, their mean."""
+    given = model(images)
+    return mean_token if isinstance(given, torch.Tensor) and given.dim() == 3 else "representation"
+
+
+def mean_token(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """One vector an image, of a model that gives one a token."""
+    mean: torch.Tensor = model(images).mean(1)
+    return mean
 
 
 def _model_and_images(planned: Planned) -> tuple[nn.Module, torch.Tensor]:
@@ -516,8 +533,9 @@ components of their own (coverage).
 METHOD = f"""
 Names whose models differ only in weights, classes or image size share a run. Each was run at its real depth, with
 random weights of which all were moved off their initial values, on images as small as it takes. Models of more than
-{LARGEST // 10**6} M parameters were run narrower where their constructor takes a width, and otherwise left out and not
-counted. *Adapter*: a `HookedViT`, with TransformerLens hooks. *Traced*: the plain module. *Slow*: contributions were
+{LARGE // 10**6} M parameters were run narrower where their constructor takes a width; those that still had more than
+{LARGEST // 10**6} M are left out and not counted. Of encoders for language models, which give tokens, the mean was
+read. *Adapter*: a `HookedViT`, with TransformerLens hooks. *Traced*: the plain module. *Slow*: contributions were
 replayed one by one, which is exact all the same. Cost: `decompose` as a multiple of the plain forward, the median of
 three interleaved runs on one or two small images, where fixed costs weigh most; what full-size images cost stands in
 the [README](../README.md).

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from function_oracle import contributions
 from timm.models.focalnet import FocalNet
 from timm.models.gcvit import GlobalContextVit
 from timm.models.levit import Levit
@@ -32,10 +33,12 @@ from timm.models.vitamin import VitCfg, VitConvCfg
 from timm.models.volo import VOLO
 from torch import nn
 
+from vitdecomp_lens import attribute
 from vitdecomp_lens.errors import VitDecompWarning
 from vitdecomp_lens.frozen.rules import classify
 from vitdecomp_lens.frozen.trace import trace
 from vitdecomp_lens.frozen.walk import walk
+from vitdecomp_lens.traced import Traced
 
 TINY = {"img_size": 32, "embed_dim": 16}
 COLUMN = {**TINY, "patch_size": 8, "depth": 2, "num_heads": 2}
@@ -386,3 +389,25 @@ def test_a_family_is_decomposed_exactly_at_what_is_met_first_and_at_everything_n
     everything = at_all_nonlinear_outputs(graph)
     assert everything.complete
     check(graph, everything, x, total, slow=name in SLOW["everything"])
+
+
+@pytest.mark.parametrize("by", ["layer", "head"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.sweep) for name in FAMILIES]
+)
+def test_scores_are_derivatives_of_the_eager_original(name, by):
+    model, x = member(name)
+    direction = torch.randn(features(model, x).shape[-1], generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VitDecompWarning)  # slow ones, and those whose stream is bent
+        scores = attribute(model, x, direction[None], by=by, of=features)
+    traced = Traced.of(model, trace(model, x, of=features))
+    recorded = traced.graph.record(x)
+    points = traced.component_points(by)
+    places = {point.hook: (recorded[traced.graph.points[point.hook]], point.axis) for point in points}
+    expected = contributions(features, model, x, direction, places)
+    for point in points:
+        several = expected[point.hook]
+        found = torch.stack([scores[component.label][:, 0] for component in point.components(len(several))])
+        tolerance = (1e-5 if name in SINGLE else 1e-10) * float(scores.total.abs().max() + scores.values.abs().max())
+        torch.testing.assert_close(found, several, rtol=0, atol=tolerance)

@@ -48,9 +48,7 @@ MEMBERS = {
     "cait": "cait_xxs24_224",
     "coat": "coat_tiny",
     "convit": "convit_tiny",
-    "convmixer": "convmixer_768_32",
     "convnext": "test_convnext",
-    "cpubone": "cpubone_nano",
     "crossvit": "crossvit_tiny_240",
     "csatv2": "csatv2",
     "davit": "davit_tiny",
@@ -60,11 +58,9 @@ MEMBERS = {
     "efficientformer": "efficientformer_l1",
     "efficientformer_v2": "efficientformerv2_s0",
     "efficientvim": "efficientvim_m1",
-    "efficientvit_mit": "efficientvit_b0",
     "efficientvit_msra": "efficientvit_m0",
     "eva": "eva02_tiny_patch14_224",
     "fasternet": "fasternet_t0",
-    "fastvit": "fastvit_t8",
     "focalnet": "focalnet_tiny_srf",
     "gcvit": "gcvit_xxtiny",
     "gemma4_vit": "gemma4_vit_167m",
@@ -73,12 +69,10 @@ MEMBERS = {
     "iformer": "iformer_t",
     "inception_next": "inception_next_atto",
     "levit": "levit_128s",
-    "lowformer": "lowformer_b0",
     "mambaout": "test_mambaout",
     "maxxvit": "test_coatnet",
     "metaformer": "poolformerv2_s12",
     "mlp_mixer": "gmlp_ti16_224",
-    "mobilenetv5": "mobilenetv5_base",
     "mobilevit": "mobilevit_xxs",
     "mvitv2": "mvitv2_tiny",
     "naflexvit": "naflexvit_base_patch16_parfac_gap",
@@ -109,19 +103,12 @@ MEMBERS = {
     "xcit": "xcit_nano_12_p8_224",
 }
 # Whose blocks hand on what an activation function returns, so that their branches lie behind it.
-ROUNDS = "its convolutions on the stream take the slow way, whose rounding in float32 adds up to a gap of 1.2e-5"
 STOPPED = {
-    "convmixer": "aten::relu",
-    "cpubone": "aten::hardswish",
     "crossvit": "aten::gelu",
     "edgenext": "aten::gelu",
     "efficientvim": "aten::relu",
-    "efficientvit_mit": "aten::hardswish",
     "efficientvit_msra": "aten::relu",
-    "fastvit": "aten::gelu",
     "levit": "aten::hardswish",
-    "lowformer": "aten::hardswish",
-    "mobilenetv5": "aten::gelu",
     "mobilevit": "aten::silu",
     "shvit": "aten::relu",
     "tiny_vit": "aten::gelu",
@@ -197,8 +184,8 @@ def test_images_have_whole_patches_and_may_be_small_where_any_size_will_do():
 
 def test_large_models_are_narrowed_or_left_out():
     giant = supported.plan("vit_giant_patch14_dinov2", "vision_transformer")
-    assert giant.narrowed == 2
-    assert giant.parameters <= supported.LARGEST
+    assert giant.narrowed == 4
+    assert giant.parameters <= supported.LARGE
     assert not giant.skipped
     xlarge = supported.plan("convnext_xxlarge", "convnext")
     assert "400 M" in xlarge.skipped
@@ -354,10 +341,7 @@ def test_there_is_a_member_of_each_module():
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(
-    "module",
-    [pytest.param(m, marks=[pytest.mark.xfail(reason=ROUNDS)] * (m == "davit")) for m in sorted(MEMBERS)],
-)
+@pytest.mark.parametrize("module", sorted(MEMBERS))
 def test_a_small_member_of_each_family_is_supported(module):
     found = run(MEMBERS[module], module)
     assert "gap" in found, found

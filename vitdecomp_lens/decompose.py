@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitdecomp_lens.capture import Captured
 from vitdecomp_lens.components import By
 from vitdecomp_lens.decomposition import Attribution, Decomposition
-from vitdecomp_lens.errors import GapError
+from vitdecomp_lens.errors import GapError, InputError
 from vitdecomp_lens.frozen.trace import Read
 from vitdecomp_lens.request import MAX_BYTES, Request, make_request, on_pieces, refuse_too_large
 from vitdecomp_lens.token_maps import TokenMaps
@@ -211,7 +211,11 @@ def _split(
     components: Sequence[str] | Mapping[str, str] | None,
 ) -> tuple[Mapping[str, str] | None, Sequence[str] | None]:
     """Where components are read, and which are wanted."""
-    return (components, None) if isinstance(components, Mapping) else (None, components)
+    if not isinstance(components, Mapping):
+        return None, components
+    if odd := [part for item in components.items() for part in item if not isinstance(part, str)]:
+        raise InputError(f"components= maps labels to names of hooks, both of them strings; got {odd[0]!r}.")
+    return components, None
 
 
 # --- computing -------------------------------------------------------------------------------------------------------

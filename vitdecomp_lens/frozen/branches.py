@@ -297,8 +297,25 @@ def _follow(inside: Sequence[Node], regions: _Regions) -> _Followed:
             dims[node] = _after_weights(node, dims[before])
         elif (moved := _moved(node, dims[before], before, source)) is not None:
             dims[node] = moved
+    if read_by is None:
+        channels = _read_after_joining(dims, regions, source)
     before_weights = [node for node in dims if all((dim,) in dims[node] for dim in channels) and node is not read_by]
     return _Followed(dims, before_weights[-1] if channels else source, channels, weights)
+
+
+def _read_after_joining(dims: Mapping[Node, Dims], regions: _Regions, source: Node) -> tuple[int, ...]:
+    """Which of a source's dimensions weights of its module read after something else was added: pooled queries."""
+    dims, place = dict(dims), module_path(source)
+    for node in regions.order:
+        before = next((n for n in regions.through.get(node, ()) if n in dims), None)
+        if before is None or node in dims or not _is_inside(module_path(node), place):
+            continue
+        if _mixes_channels(node):
+            read = dims[before][_contracted(node)]
+            return () if WRITTEN in read else read
+        if (moved := _moved(node, dims[before], before, source)) is not None:
+            dims[node] = moved
+    return ()
 
 
 def _mixes_positions(node: Node) -> bool:

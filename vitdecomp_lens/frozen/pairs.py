@@ -27,6 +27,7 @@ from vitdecomp_lens.frozen.compiled import Leaf
 
 Owner = Literal["A", "M", "both"]
 MOST_PAIRS = 1024
+MOST_BYTES = 4 << 30
 
 
 class NoFastPathError(VitDecompError):
@@ -83,6 +84,7 @@ class Tape:
         self._scales: list[int | None] = []
         self._numbers: dict[int, tuple[int, ...]] = {}  # shapes of slots with one number an image; the batch is -1
         self._generator = torch.Generator().manual_seed(0)
+        self._bytes = 0
 
     def ones(self, *size: int) -> Tensor:
         """Ones of the dtype in which the tape computes; they share one number's memory."""
@@ -112,6 +114,8 @@ class Tape:
 
     def _add(self, example: Tensor, function: Callable[..., Tensor], slots: tuple[int, ...]) -> int:
         slot = len(self._steps)
+        self._bytes += _bytes_beside(example, [self.examples[s] for s in slots])
+        check_bytes(self._bytes, "weights")
         self.examples.append(example)
         self._steps.append((function, slots))
         self._scales.append(self._scale_of(slot, function, slots))
@@ -164,6 +168,22 @@ class Tape:
     def forget_examples(self) -> None:
         """Drop what only recording needs."""
         self.examples.clear()
+
+
+def _bytes_beside(value: Tensor, inputs: Sequence[Tensor]) -> int:
+    """What a value takes of its own: nothing where it is a view of an input."""
+    memory = value.untyped_storage()
+    return 0 if memory.data_ptr() in {i.untyped_storage().data_ptr() for i in inputs} else memory.nbytes()
+
+
+def check_bytes(size: int, what: str) -> None:
+    """Refuse weights or maps that take more than `MOST_BYTES` together.
+
+    Raises:
+        CapacityError: If they do.
+    """
+    if size > MOST_BYTES:
+        raise CapacityError(f"the structured adjoint's {what} would take {size:,} bytes, more than {MOST_BYTES:,}")
 
 
 def length(pairs: Pairs, tape: Tape, dim: int) -> int:

@@ -16,10 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx import Node
 
-from vitdecomp_lens.errors import CapacityError
 from vitdecomp_lens.frozen.adjoints import Adjoint, pass_back
 from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf
-from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, check_rank, spread
+from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, check_bytes, check_rank, spread
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
 
@@ -271,7 +270,6 @@ def _weights_of(
     return a.reshape(term.rank, batch, -1, a.shape[len(order) :].numel())
 
 
-MOST_BYTES = 4 << 30
 _LaidOut = dict[tuple[object, ...], tuple[int, Tensor, Tensor]]
 
 
@@ -318,7 +316,7 @@ def compile_cut(
         if node not in cut.through:
             continue
         check_rank(sum(pairs.rank for pairs in arrived))
-        _check_size([pairs.maps for pairs in arrived], laid_out)
+        check_bytes(_size([pairs.maps for pairs in arrived], laid_out), "maps")
         for pairs in arrived:
             for source, passed in pass_back(node, pairs, on):
                 if source in live:
@@ -334,16 +332,9 @@ def compile_cut(
     return Program({name: terms[name] for name in splits if name in terms}, parts, shifts, tape, len(directions))
 
 
-def _check_size(arrived: Iterable[Tensor], laid_out: _LaidOut) -> None:
-    """Refuse maps that take more than `MOST_BYTES` together.
-
-    Raises:
-        CapacityError: If they do.
-    """
-    maps = [*arrived, *(maps for _, _, maps in laid_out.values())]
-    size = sum(m.numel() * m.element_size() for m in maps)
-    if size > MOST_BYTES:
-        raise CapacityError(f"the structured adjoint's maps would take {size:,} bytes, more than {MOST_BYTES:,}")
+def _size(arrived: Iterable[Tensor], laid_out: _LaidOut) -> int:
+    """How many bytes maps take."""
+    return sum(m.numel() * m.element_size() for m in [*arrived, *(maps for _, _, maps in laid_out.values())])
 
 
 def _start(root: Node, tape: Tape, directions: Float[Tensor, "direction d_rep"]) -> Pairs:

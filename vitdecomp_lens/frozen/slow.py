@@ -8,15 +8,19 @@ pass an operation or would become too many.
 """
 
 import math
+import warnings
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.fx import Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf
 from vitdecomp_lens.frozen.replay import needs_the_recorded_input, replayed
@@ -136,15 +140,25 @@ class ReplayedCut(CompiledCut):
         return torch.stack(written)
 
     def _moved(self, start: Node, value: Tensor, weights: Replayed) -> Float[Tensor, "batch *ones d_rep"]:
-        """By how much the output moves if the value at a point does: only what is downstream is replayed."""
-        with torch.inference_mode(False), torch.set_grad_enabled(weights.differentiable):
-            moved = {start: weights.moving[start] + value}
+        """By how much the output moves if the value at a point does: only what is downstream is replayed.
+
+        By forward differentiation: a difference of two outputs would round by all that constants write.
+        """
+        value = value.clone() if value.is_inference() else value
+        with ExitStack() as stack:
+            plainly = torch.inference_mode(False), torch.set_grad_enabled(weights.differentiable)
+            of_products = sdpa_kernel(SDPBackend.MATH)  # a fused attention has no forward derivative
+            for context in (*plainly, of_products, dual_level(), warnings.catch_warnings()):
+                stack.enter_context(context)
+            warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch's own, at its first use
+            moved = {start: make_dual(weights.moving[start], value)}
             known = ChainMap(moved, dict(weights.moving))
             for node in reversed(self._cut.order):
                 inputs = self._cut.through.get(node, ())
                 if node not in moved and any(n in moved for n in inputs):
                     moved[node] = replayed(node, inputs, known, weights.recorded)
-            return moved.get(self._cut.root, weights.output) - weights.output
+            by = unpack_dual(moved[self._cut.root]).tangent if self._cut.root in moved else None
+        return torch.zeros_like(weights.output) if by is None else by
 
     def _gradients(self, weights: Replayed, points: list[str]) -> Iterator[tuple[Tensor, ...]]:
         """For each direction, the gradients by the values at ``points``."""
