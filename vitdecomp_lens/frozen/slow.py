@@ -1,9 +1,9 @@
-"""A compiled cut without pairs: replay the frozen graph, once for each component or once for each direction.
+"""A compiled cut without pairs: differentiate the replay of the frozen graph, once for each component or direction.
 
-Not for use where the structured adjoint works: it costs a replay a component or, where directions are fewer, a
-derivative a direction. It is exact all the same, because the replay is affine in the values at the points: what one
-component writes is the replay with it alone, less that from zeros; and activation × gradient is its score, whatever
-the values at which the gradient is taken. `FrozenGraph.program` takes this way, with a warning, where pairs cannot
+Not for use where the structured adjoint works: it costs a forward derivative a component or, where directions are
+fewer, a backward one a direction. It is exact all the same, because the replay is affine in the values at the points:
+what one component writes is the derivative along its activation; and activation × gradient is its score, whatever
+the values at which either is taken. `FrozenGraph.program` takes this way, with a warning, where pairs cannot
 pass an operation or would become too many.
 """
 
@@ -48,7 +48,7 @@ class Replayed:
 
 
 class ReplayedCut(CompiledCut):
-    """A cut whose contributions are computed by replay and automatic differentiation."""
+    """A cut whose contributions are computed by automatic differentiation of a replay."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class ReplayedCut(CompiledCut):
         only: Iterable[str] | None = None,
         summed: Collection[str] = (),
     ) -> dict[str, Float[Tensor, "split batch direction"]]:
-        """What a replay with each component alone gives; or activation × gradient, where directions are fewer."""
+        """Derivatives along each component; or activation × gradient, where directions are fewer."""
         points = list(self.points if only is None else only)
         if sum(self._parts(point) for point in points) < self.directions:
             return {point: self._pushed(point, kept[point].to(self.dtype), weights) for point in points}
