@@ -45,19 +45,17 @@ PAGE = ROOT / "docs" / "supported-models.md"
 CHECKPOINT = Path(__file__).with_suffix(".jsonl")
 
 MODULES = """
-    beit cait coat convit convnext crossvit csatv2 davit deepseek_vit deit edgenext efficientformer
-    efficientformer_v2 efficientvim efficientvit_msra eva fasternet focalnet gcvit gemma4_vit hiera hieradet_sam2
-    iformer inception_next levit mambaout maxxvit metaformer mlp_mixer mobilevit mvitv2 naflexvit nest nextvit pit
-    pvt_v2 qwen3_vit rdnet repvit
-    sequencer shvit starnet swiftformer swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit tnt
-    twins vision_transformer vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam
-    visformer vitamin volo xcit
+    beit cait coat convit convmixer convnext cpubone crossvit csatv2 davit deepseek_vit deit edgenext
+    efficientformer efficientformer_v2 efficientvim efficientvit_mit efficientvit_msra eva fasternet fastvit
+    focalnet gcvit gemma4_vit hiera hieradet_sam2 iformer inception_next levit lowformer mambaout maxxvit metaformer
+    mlp_mixer mobilenetv5 mobilevit mvitv2 naflexvit nest nextvit pit pvt_v2 qwen3_vit rdnet repvit sequencer shvit
+    starnet swiftformer swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit tnt twins visformer
+    vision_transformer vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam vitamin volo xcit
 """
 # Modules of timm that are not swept, by the reason.
 ACTIVATED = """
-    byoanet byobnet convmixer cpubone cspnet cspnext dla dpn efficientnet efficientvit_mit fastvit ghostnet
-    hardcorenas hgnet hrnet lcnetv2 lowformer mobilenetv3 mobilenetv5 nfnet regnet repghost res2net resnest resnet
-    resnetv2 rexnet selecsls senet sknet tresnet vgg vovnet
+    byoanet byobnet cspnet cspnext dla dpn efficientnet ghostnet hardcorenas hgnet hrnet lcnetv2 mobilenetv3 nfnet
+    regnet repghost res2net resnest resnet resnetv2 rexnet selecsls senet sknet tresnet vgg vovnet
 """
 NOT_SUMMED = """
     densenet inception_resnet_v2 inception_v3 inception_v4 nasnet pnasnet xception xception_aligned
@@ -301,16 +299,20 @@ def measure(planned: Planned, tell: Callable[[dict[str, Any]], None]) -> None:
     tell({"cost": _cost(lambda: model(images), lambda: decompose(subject, images, by="head", of=of))})
 
 
-def what_is_read(model: nn.Module, images: torch.Tensor) -> Read:
-    """What is decomposed: of an encoder for language models, which gives tokens, their mean."""
-    given = model(images)
-    return mean_token if isinstance(given, torch.Tensor) and given.dim() == 3 else "representation"
+def what_is_read(model: Any, images: torch.Tensor) -> Read:
+    """What is decomposed: of encoders for language models, which have no head, what they give."""
+    if hasattr(model, "forward_head"):
+        try:
+            model.forward_head(model.forward_features(images))
+        except NotImplementedError:
+            return given
+    return "representation"
 
 
-def mean_token(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """One vector an image, of a model that gives one a token."""
-    mean: torch.Tensor = model(images).mean(1)
-    return mean
+def given(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """A model's output, the mean over its tokens where it gives tokens."""
+    output: torch.Tensor = model(images)
+    return output.mean(1) if output.dim() == 3 else output
 
 
 def _model_and_images(planned: Planned) -> tuple[nn.Module, torch.Tensor]:
@@ -533,12 +535,12 @@ components of their own (coverage).
 METHOD = f"""
 Names whose models differ only in weights, classes or image size share a run. Each was run at its real depth, with
 random weights of which all were moved off their initial values, on images as small as it takes. Models of more than
-{LARGE // 10**6} M parameters were run narrower where their constructor takes a width; those that still had more than
-{LARGEST // 10**6} M are left out and not counted. Of encoders for language models, which give tokens, the mean was
-read. *Adapter*: a `HookedViT`, with TransformerLens hooks. *Traced*: the plain module. *Slow*: contributions were
-replayed one by one, which is exact all the same. Cost: `decompose` as a multiple of the plain forward, the median of
-three interleaved runs on one or two small images, where fixed costs weigh most; what full-size images cost stands in
-the [README](../README.md).
+{LARGE // 10**6} M parameters were run narrower where their constructor takes a width, to save time; those that still
+had more than {LARGEST // 10**6} M are left out and not counted. Of encoders for language models, which have no head,
+the mean token was read. *Adapter*: a `HookedViT`, with TransformerLens hooks. *Traced*: the plain module. *Slow*:
+contributions are derivatives, one each, which is exact all the same. Cost: `decompose` as a multiple of the plain
+forward, the median of three interleaved runs on one or two small images, where fixed costs weigh most; what full-size
+images cost stands in the [README](../README.md).
 """
 
 
@@ -665,7 +667,7 @@ def _family(checkpoint: Checkpoint, family: str, members: Sequence[Planned]) -> 
 
 
 def _row(sharing: Sequence[Planned], record: Mapping[str, Any]) -> str:
-    first = sharing[0]
+    first = min(sharing, key=lambda planned: planned.narrowed)
     others = f" + {len(sharing) - 1}" if len(sharing) > 1 else ""
     narrowed = f", width / {first.narrowed}" if first.narrowed > 1 else ""
     slow = ", slow" if record.get("warnings") and is_supported(record) else ""

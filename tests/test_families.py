@@ -33,7 +33,7 @@ from timm.models.vitamin import VitCfg, VitConvCfg
 from timm.models.volo import VOLO
 from torch import nn
 
-from vitdecomp_lens import attribute
+from vitdecomp_lens import attribute, decompose
 from vitdecomp_lens.errors import VitDecompWarning
 from vitdecomp_lens.frozen.rules import classify
 from vitdecomp_lens.frozen.trace import trace
@@ -413,13 +413,15 @@ def test_scores_are_derivatives_of_the_eager_original(name, by):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VitDecompWarning)  # slow ones, and those whose stream is bent
         scores = attribute(model, x, direction[None], by=by, of=read)
+        vectors = decompose(model, x, by=by, of=read)  # the slow way makes them otherwise
     traced = Traced.of(model, trace(model, x, of=read))
     recorded = traced.graph.record(x)
     points = traced.component_points(by)
     places = {point.hook: (recorded[traced.graph.points[point.hook]], point.axis) for point in points}
     expected = contributions(read, model, x, direction, places)
-    for point in points:
-        several = expected[point.hook]
-        found = torch.stack([scores[component.label][:, 0] for component in point.components(len(several))])
-        tolerance = (1e-5 if name in SINGLE else 1e-10) * float(scores.total.abs().max() + scores.values.abs().max())
-        torch.testing.assert_close(found, several, rtol=0, atol=tolerance)
+    tolerance = (1e-5 if name in SINGLE else 1e-10) * float(scores.total.abs().max() + scores.values.abs().max())
+    for found in (scores, vectors.project(direction[None])):
+        for point in points:
+            several = expected[point.hook]
+            alone = torch.stack([found[component.label][:, 0] for component in point.components(len(several))])
+            torch.testing.assert_close(alone, several, rtol=0, atol=tolerance)

@@ -1,6 +1,7 @@
 """Compiled cuts: push and pull equal the replay, part by part, whatever the model, the batch and the dtype."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -542,3 +543,18 @@ def test_the_slow_way_serves_gradients_half_precision_and_inference_mode():
     torch.testing.assert_close(
         written["hook_source"].double(), expected, rtol=0, atol=0.05 * float(expected.abs().max())
     )
+
+
+def test_the_slow_way_serves_several_threads():
+    models = [slow_sample("scaled")[0] for _ in range(2)]
+    graphs_of, x = [trace(model, images()) for model in models], images(2, seed=2)
+    with pytest.warns(VitDecompWarning):
+        expected = [graph.push(graph.cut(["hook_source"]), x)["hook_source"] for graph in graphs_of]
+
+    def again(number):
+        graph = graphs_of[number % 2]
+        return graph.push(graph.cut(["hook_source"]), x)["hook_source"]
+
+    with ThreadPoolExecutor(2) as pool:
+        for number, found in enumerate(pool.map(again, range(20))):
+            close(found, expected[number % 2])

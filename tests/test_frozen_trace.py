@@ -279,3 +279,24 @@ def test_copies_and_pickles_start_without_traces():
         assert trace(other, x).module is other
     assert trace(model, x) is graph
     assert list(model.state_dict()) == ["1.weight", "1.bias"]
+
+
+def test_a_module_that_is_used_in_another_place_is_traced_anew():
+    class Steps(nn.Module):
+        def __init__(self, *steps):
+            super().__init__()
+            self.steps = nn.ModuleList(steps)
+
+        def forward(self, x):
+            for step in self.steps:
+                x = step(x)
+            return x
+
+    first, second = (nn.Linear(48, 48, dtype=torch.float64) for _ in range(2))
+    model = nn.Sequential(nn.Flatten(), Steps(first), Steps(first, second)).eval()
+    images = torch.rand(1, 3, 4, 4, dtype=torch.float64)
+    before = trace(model, images)
+    model[1].steps[0] = second  # which was there already, elsewhere
+    assert trace(model, images) is not before
+    model[1].steps[0] = first
+    assert trace(model, images) is before

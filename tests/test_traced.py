@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
@@ -252,6 +253,69 @@ def test_heads_are_those_of_attention_wherever_their_channels_are_laid():
     u = torch.randn(1, 8, dtype=torch.float64)
     tokens = attribute_tokens(model, x, u)
     torch.testing.assert_close(tokens["blocks.1.attn.H0"].sum(1), without["blocks.1.attn.H0"] @ u.T)
+
+
+class Mixing(nn.Module):
+    """An attention of two heads; something joins what it mixes before its weights read it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.qkv, self.proj, self.how = nn.Linear(8, 24), nn.Linear(8, 8), how
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        if self.how == "folded":  # heads behind the batch
+            q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+        mixed = (q @ k.mT).softmax(-1) @ v + q
+        if self.how == "mean over heads":
+            return self.proj(mixed.mean(1).repeat(1, 1, 2))
+        mixed = mixed.unflatten(0, (-1, 2)) if self.how == "folded" else mixed
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Flat(nn.Module):
+    """An attention of one head, of which weights read all tokens and channels as one."""
+
+    def __init__(self, joined):
+        super().__init__()
+        self.q, self.v, self.out, self.joined = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(16 * 8, 8), joined
+
+    def forward(self, x):
+        mixed = (self.q(x) @ x.mT).softmax(-1) @ self.v(x)
+        return self.out((x + mixed if self.joined else mixed).flatten(1))[:, None]
+
+
+class Mixed(nn.Module):
+    def __init__(self, mixing):
+        super().__init__()
+        self.stem, self.mixing, self.norm = nn.Conv2d(3, 8, 4, 4), mixing, nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.norm(x + self.mixing(x)).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("mixing", "heads"),
+    [
+        (partial(Mixing, "pooled queries"), 2),
+        (partial(Mixing, "folded"), 0),  # nothing before the join tells them apart
+        (partial(Mixing, "mean over heads"), 0),
+        (partial(Flat, True), 0),
+        (partial(Flat, False), 0),
+    ],
+    ids=["pooled queries", "folded", "mean over heads", "flat joined", "flat"],
+)
+def test_heads_are_told_apart_where_something_joins_them_and_nothing_else_is_called_a_head(mixing, heads):
+    model, x = perturb(Mixed(mixing())).double(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    found = tuple(label for label in decompose(model, x).labels if label.startswith("mixing.H"))
+    assert found == tuple(f"mixing.H{head}" for head in range(heads))
+    if heads:
+        with torch.no_grad():  # what the second head writes
+            model.mixing.proj.weight[:, 4:] = 0
+        whole, without = decompose(model, x, by="layer")["mixing"], decompose(model, x)
+        torch.testing.assert_close(without["mixing.H0"], whole)
+        assert not without["mixing.H1"].any()
 
 
 # --- bad input ---

@@ -63,22 +63,23 @@ class Branch:
 
     def split(self, where: Where) -> int | None:
         """The axis of a value that tells heads or neurons apart; None where nothing shows it."""
-        if where == "output" or len(self.channels) != (2 if self.kind == "attn" else 1) or self.kind not in PARTS:
+        if where == "output" or len(self.channels) != (2 if self.kind == "attn" else 1) or self._head is None:
             return None
         return self.channels[self._head] if where == "parts" else self._split_of_values
 
     @property
-    def _head(self) -> int:
-        """Which of the channels' dimensions tells heads apart: no row or column of attention's product."""
+    def _head(self) -> int | None:
+        """Which of the channels' dimensions tells parts apart: of attention no row or column of its product."""
+        if self.kind != "attn":
+            return 0 if self.kind in PARTS else None
         rank = len(sizes(self.source))
-        outside = [number for number, axis in enumerate(self.source_channels) if axis < rank - 2]
-        return outside[0] if self.kind == "attn" and outside else 0
+        return next((number for number, axis in enumerate(self.source_channels) if axis < rank - 2), None)
 
     @property
     def _split_of_values(self) -> int | None:
         """The axis of attention's heads, where its values have as many dimensions as what it writes, and as many."""
         values, source = sizes(self.values), sizes(self.source)  # type: ignore[arg-type]
-        axis = self.source_channels[self._head]
+        axis = self.source_channels[self._head]  # type: ignore[index]
         return axis if axis >= 0 and len(values) == len(source) and values[axis] == source[axis] else None
 
     def token_axes(self, where: Where) -> tuple[int, ...]:
@@ -299,8 +300,8 @@ def _follow(inside: Sequence[Node], regions: _Regions) -> _Followed:
             dims[node] = moved
     if read_by is None:
         channels = _read_after_joining(dims, regions, source)
-    before_weights = [node for node in dims if all((dim,) in dims[node] for dim in channels) and node is not read_by]
-    return _Followed(dims, before_weights[-1] if channels else source, channels, weights)
+    apart = [node for node in dims if all((dim,) in dims[node] for dim in channels) and node is not read_by]
+    return _Followed(dims, apart[-1], channels, weights) if channels and apart else _Followed(dims, source, (), weights)
 
 
 def _read_after_joining(dims: Mapping[Node, Dims], regions: _Regions, source: Node) -> tuple[int, ...]:

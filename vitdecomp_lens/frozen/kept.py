@@ -63,16 +63,16 @@ def state_of(module: nn.Module) -> list[Any]:
 
     The things themselves, not their ids: an id is given again once its owner is gone.
     """
-    found: list[Any] = []
+    found: list[Any] = [module]
     ahead, seen = [module], {module}
     while ahead:  # as modules() does, without their names: this runs at every request
         child = ahead.pop()
         if isinstance(child, HookPoint):
             continue
-        new = [m for m in child._modules.values() if m is not None and m not in seen]
+        found += child._modules.values()  # where a module is used once more, too
+        new = {m: None for m in child._modules.values() if m is not None and m not in seen}
         seen.update(new)
         ahead += new
-        found.append(child)
         for name, value in child.__dict__.items():
             if name in _STEERS_NOTHING:  # nearly all names do
                 continue

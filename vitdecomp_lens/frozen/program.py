@@ -108,7 +108,8 @@ class Program(CompiledCut):
         if known_for != batch:
             slots = [self.terms[point][0].weights for point in self._summed_first]
             with torch.inference_mode(False), torch.no_grad():  # kept for calls outside of these too
-                known = self.tape.known(slots, batch)
+                everything = self.tape.known(slots, batch)
+            known = {slot: everything[slot] for slot in slots}
             self._known = batch, known
         return known
 

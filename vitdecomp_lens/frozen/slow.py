@@ -1,26 +1,20 @@
-"""A compiled cut without pairs: differentiate the replay of the frozen graph, once for each component or direction.
+"""A compiled cut without pairs: differentiate the replay of the frozen graph, for each component or direction.
 
-Not for use where the structured adjoint works: it costs a forward derivative a component or, where directions are
-fewer, a backward one a direction. It is exact all the same, because the replay is affine in the values at the points:
-what one component writes is the derivative along its activation; and activation × gradient is its score, whatever
-the values at which either is taken. `FrozenGraph.program` takes this way, with a warning, where pairs cannot
-pass an operation or would become too many.
+Not for use where the structured adjoint works: it costs a derivative a component or, where directions are fewer, a
+direction. It is exact all the same, because the replay is affine in the values at the points: what one component
+writes is the derivative along its activation; and activation × gradient is its score, whatever the values at which
+either is taken. `FrozenGraph.program` takes this way, with a warning, where pairs cannot pass an operation or would
+become too many.
 """
 
 import math
-import warnings
-from collections import ChainMap
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.fx import Node
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf
 from vitdecomp_lens.frozen.replay import needs_the_recorded_input, replayed
@@ -34,15 +28,11 @@ class Replayed:
 
     Attributes:
         output: What the constants alone write.
-        moving: The value of every operation on the path, likewise.
-        recorded: What the path is frozen at.
         zeros: By point.
         differentiable: Whether contributions are to be differentiated once more, by the images.
     """
 
     output: Float[Tensor, "batch *ones d_rep"]
-    moving: Mapping[Node, Tensor]
-    recorded: Mapping[Node, Any]
     zeros: Mapping[str, Tensor]
     differentiable: bool
 
@@ -87,7 +77,7 @@ class ReplayedCut(CompiledCut):
                 if node not in moving:
                     value = replayed(node, self._cut.through[node], moving, recorded)
                     moving[node] = value + zeros[names[node]] if node in names else value
-        return Replayed(moving[self._cut.root], moving, recorded, zeros, differentiable)
+        return Replayed(moving[self._cut.root], zeros, differentiable)
 
     def _frozen(self, value: Tensor | int, differentiable: bool) -> Tensor | int:
         if not isinstance(value, Tensor):
@@ -114,7 +104,7 @@ class ReplayedCut(CompiledCut):
         """Derivatives along each component; or activation × gradient, where directions are fewer."""
         points = list(self.points if only is None else only)
         if sum(self._parts(point) for point in points) < self.directions:
-            return {point: self._pushed(point, kept[point].to(self.dtype), weights) for point in points}
+            return dict(zip(points, self._pushed(points, kept, weights), strict=True))
         columns: dict[str, list[Tensor]] = {point: [] for point in points}
         for gradients in self._gradients(weights, points):
             for point, gradient in zip(points, gradients, strict=True):
@@ -126,56 +116,58 @@ class ReplayedCut(CompiledCut):
         _, split = self._axes(point)
         return 1 if split is None else int(_shape(self._reads[point])[split])
 
-    def _pushed(self, point: str, value: Tensor, weights: Replayed) -> Float[Tensor, "split batch direction"]:
-        """What each part of a value writes alone."""
-        _, split = self._axes(point)
-        written = []
-        for part in range(self._parts(point)):
-            alone = value
-            if split is not None:
-                alone = torch.zeros_like(value).index_copy(
-                    split, torch.tensor([part], device=value.device), value.narrow(split, part, 1)
-                )
-            written.append(self._moved(self._reads[point], alone, weights).flatten(1) @ self._along.T)
-        return torch.stack(written)
+    def _pushed(
+        self, points: list[str], kept: Mapping[str, Tensor], weights: Replayed
+    ) -> list[Float[Tensor, "split batch direction"]]:
+        """What each part of each point writes: the derivative along it.
 
-    def _moved(self, start: Node, value: Tensor, weights: Replayed) -> Float[Tensor, "batch *ones d_rep"]:
-        """By how much the output moves if the value at a point does: only what is downstream is replayed.
-
-        By forward differentiation: a difference of two outputs would round by all that constants write.
+        It is a derivative of derivatives: the gradient along an arbitrary u is Aᵀu, and the gradient of ⟨Aᵀu, x⟩ by u
+        is A x. A difference of two replays would round by all that constants write.
         """
+        with torch.inference_mode(False), torch.enable_grad():
+            any_direction = torch.zeros_like(weights.output).requires_grad_()
+            inputs = [weights.zeros[point] for point in points]
+            pulled = self._gradient(weights.output, inputs, any_direction, create_graph=True)
+            written = []
+            for point, gradient in zip(points, pulled, strict=True):
+                parts = self._apart(point, kept[point].to(self.dtype))
+                written.append(torch.stack([self._written(gradient, p, any_direction, weights) for p in parts]))
+        return written
+
+    def _written(
+        self, gradient: Tensor, part: Tensor, by: Tensor, weights: Replayed
+    ) -> Float[Tensor, "batch direction"]:
+        if not gradient.requires_grad:  # nothing of it comes to the output
+            return torch.zeros_like(weights.output).flatten(1) @ self._along.T
+        (written,) = self._gradient(gradient, [by], part, create_graph=weights.differentiable)
+        return written.flatten(1) @ self._along.T
+
+    def _apart(self, point: str, value: Tensor) -> Iterator[Tensor]:
+        """A point's value with all parts but one at zero, for each part."""
         value = value.clone() if value.is_inference() else value
-        with ExitStack() as stack:
-            plainly = torch.inference_mode(False), torch.set_grad_enabled(weights.differentiable)
-            of_products = sdpa_kernel(SDPBackend.MATH)  # a fused attention has no forward derivative
-            for context in (*plainly, of_products, dual_level(), warnings.catch_warnings()):
-                stack.enter_context(context)
-            warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch's own, at its first use
-            moved = {start: make_dual(weights.moving[start], value)}
-            known = ChainMap(moved, dict(weights.moving))
-            for node in reversed(self._cut.order):
-                inputs = self._cut.through.get(node, ())
-                if node not in moved and any(n in moved for n in inputs):
-                    moved[node] = replayed(node, inputs, known, weights.recorded)
-            by = unpack_dual(moved[self._cut.root]).tangent if self._cut.root in moved else None
-        return torch.zeros_like(weights.output) if by is None else by
+        _, split = self._axes(point)
+        if split is None:
+            yield value
+            return
+        for part in range(self._parts(point)):
+            place = torch.tensor([part], device=value.device)
+            yield torch.zeros_like(value).index_copy(split, place, value.narrow(split, part, 1))
 
     def _gradients(self, weights: Replayed, points: list[str]) -> Iterator[tuple[Tensor, ...]]:
         """For each direction, the gradients by the values at ``points``."""
         inputs = [weights.zeros[point] for point in points]
-        return (self._gradient(weights, inputs, direction) for direction in self._along if inputs)
+        for direction in self._along:
+            along = direction.expand_as(weights.output).clone()
+            with torch.inference_mode(False), torch.enable_grad():
+                found = self._gradient(weights.output, inputs, along, create_graph=weights.differentiable)
+            yield found
 
-    def _gradient(self, weights: Replayed, inputs: list[Tensor], direction: Tensor) -> tuple[Tensor, ...]:
-        with torch.inference_mode(False), torch.enable_grad():
-            return torch.autograd.grad(
-                weights.output,
-                inputs,
-                direction.expand_as(weights.output).clone(),
-                retain_graph=True,
-                create_graph=weights.differentiable,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+    @staticmethod
+    def _gradient(of: Tensor, by: Sequence[Tensor], along: Tensor, *, create_graph: bool) -> tuple[Tensor, ...]:
+        if not by:
+            return ()
+        kept = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        return torch.autograd.grad(of, by, along, create_graph=create_graph, **kept)
 
     def _laid_out(self, point: str, value: Tensor, batch: int) -> Float[Tensor, "split batch folded *rest"]:
         dim, split = self._axes(point)

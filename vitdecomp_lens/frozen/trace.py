@@ -4,7 +4,7 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -110,18 +110,15 @@ class Representation:
     def __call__(self, module: nn.Module, images: Tensor) -> Any:
         """Run the module and read it."""
         if callable(getattr(module, "forward_features", None)) and callable(getattr(module, "forward_head", None)):
-            with suppress(NotImplementedError):  # encoders of timm's for language models have no head
-                return self._before_classifier(module, images)
+            self.has_head = True
+            features = module.forward_features(images)  # type: ignore[operator]
+            pooled = module.forward_head(features, pre_logits=True)  # type: ignore[operator]
+            return torch.cat(list(pooled), dim=-1) if isinstance(pooled, list | tuple) else pooled
         encoders = (getattr(module, name, None) for name in ENCODERS)
         output = next(filter(callable, encoders), module)(images)
         found = {} if isinstance(output, Tensor) else {name: getattr(output, name, None) for name in FIELDS}
         self.field = next((name for name, value in found.items() if isinstance(value, Tensor)), None)
         return output if self.field is None else found[self.field]
-
-    def _before_classifier(self, module: Any, images: Tensor) -> Tensor:
-        pooled = module.forward_head(module.forward_features(images), pre_logits=True)
-        self.has_head = True
-        return torch.cat(list(pooled), dim=-1) if isinstance(pooled, list | tuple) else pooled
 
 
 class _Reader(nn.Module):
