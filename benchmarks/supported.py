@@ -538,7 +538,7 @@ random weights of which all were moved off their initial values, on images as sm
 {LARGE // 10**6} M parameters were run narrower where their constructor takes a width, to save time; those that still
 had more than {LARGEST // 10**6} M are left out and not counted. Of encoders for language models, which have no head,
 the mean token was read. *Adapter*: a `HookedViT`, with TransformerLens hooks. *Traced*: the plain module. *Slow*:
-contributions are derivatives, one each, which is exact all the same. Cost: `decompose` as a multiple of the plain
+contributions were replayed one by one, which is exact all the same. Cost: `decompose` as a multiple of the plain
 forward, the median of three interleaved runs on one or two small images, where fixed costs weigh most; what full-size
 images cost stands in the [README](../README.md).
 """

@@ -129,15 +129,7 @@ def _picked(x: Tensor, pooled: Tensor, places: Tensor) -> Tensor:
 
 
 _MERE_RESHAPES = frozenset({"aten::view", "aten::_unsafe_view"})
-_ATTENTION = "aten::scaled_dot_product_attention"
-_WITHOUT_STATISTICS = _MERE_RESHAPES | {"aten::var_mean", _ATTENTION}
-
-
-@replay(_ATTENTION)
-def attention(node: Node, x: Tensor, seen: Tensor | None, value: Callable[[Any], Any]) -> Tensor:
-    """Attention by its definition: the kernels that fuse it have no second derivatives."""
-    mixed: Tensor = torch.ops.aten._scaled_dot_product_attention_math(*value(node.args), **value(node.kwargs))[0]
-    return mixed
+_WITHOUT_STATISTICS = _MERE_RESHAPES | {"aten::var_mean"}
 
 
 @replay("aten::var_mean")

@@ -1,15 +1,17 @@
-"""A compiled cut without pairs: differentiate the replay of the frozen graph, for each component or direction.
+"""A compiled cut without pairs: replay the frozen graph, once for each component or once for each direction.
 
-Not for use where the structured adjoint works: it costs a derivative a component or, where directions are fewer, a
-direction. It is exact all the same, because the replay is affine in the values at the points: what one component
-writes is the derivative along its activation; and activation × gradient is its score, whatever the values at which
-either is taken. `FrozenGraph.program` takes this way, with a warning, where pairs cannot pass an operation or would
-become too many.
+Not for use where the structured adjoint works: it costs a replay a component or, where directions are fewer, a
+derivative a direction. It is exact all the same, because the replay is affine in the values at the points: what one
+component writes is the replay with it alone, without constants; and activation × gradient is its score, whatever
+the values at which the gradient is taken. `FrozenGraph.program` takes this way, with a warning, where pairs cannot
+pass an operation or would become too many.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,17 +30,32 @@ class Replayed:
 
     Attributes:
         output: What the constants alone write.
+        moving: The value of every operation on the path, likewise.
+        recorded: What the path is frozen at.
         zeros: By point.
         differentiable: Whether contributions are to be differentiated once more, by the images.
     """
 
     output: Float[Tensor, "batch *ones d_rep"]
+    moving: Mapping[Node, Tensor]
+    recorded: Mapping[Node, Any]
     zeros: Mapping[str, Tensor]
     differentiable: bool
 
 
+class _Zeros(dict[Node, Tensor]):
+    """Zeros as large as some values, made as they are asked for."""
+
+    def __init__(self, like: Mapping[Node, Tensor]) -> None:
+        super().__init__()
+        self._like = like
+
+    def __missing__(self, node: Node) -> Tensor:
+        return torch.zeros_like(self._like[node])
+
+
 class ReplayedCut(CompiledCut):
-    """A cut whose contributions are computed by automatic differentiation of a replay."""
+    """A cut whose contributions are computed by replay, and by its derivatives."""
 
     def __init__(
         self,
@@ -77,7 +94,7 @@ class ReplayedCut(CompiledCut):
                 if node not in moving:
                     value = replayed(node, self._cut.through[node], moving, recorded)
                     moving[node] = value + zeros[names[node]] if node in names else value
-        return Replayed(moving[self._cut.root], zeros, differentiable)
+        return Replayed(moving[self._cut.root], moving, recorded, zeros, differentiable)
 
     def _frozen(self, value: Tensor | int, differentiable: bool) -> Tensor | int:
         if not isinstance(value, Tensor):
@@ -101,7 +118,7 @@ class ReplayedCut(CompiledCut):
         only: Iterable[str] | None = None,
         summed: Collection[str] = (),
     ) -> dict[str, Float[Tensor, "split batch direction"]]:
-        """Derivatives along each component; or activation × gradient, where directions are fewer."""
+        """What a replay of each component alone gives; or activation × gradient, where directions are fewer."""
         points = list(self.points if only is None else only)
         if sum(self._parts(point) for point in points) < self.directions:
             return dict(zip(points, self._pushed(points, kept, weights), strict=True))
@@ -119,28 +136,42 @@ class ReplayedCut(CompiledCut):
     def _pushed(
         self, points: list[str], kept: Mapping[str, Tensor], weights: Replayed
     ) -> list[Float[Tensor, "split batch direction"]]:
-        """What each part of each point writes: the derivative along it.
-
-        It is a derivative of derivatives: the gradient along an arbitrary u is Aᵀu, and the gradient of ⟨Aᵀu, x⟩ by u
-        is A x. A difference of two replays would round by all that constants write.
-        """
-        with torch.inference_mode(False), torch.enable_grad():
-            any_direction = torch.zeros_like(weights.output).requires_grad_()
-            inputs = [weights.zeros[point] for point in points]
-            pulled = self._gradient(weights.output, inputs, any_direction, create_graph=True)
+        """What each part of each point writes alone."""
+        with torch.inference_mode(False), torch.set_grad_enabled(weights.differentiable):
+            still = self._still(weights)
             written = []
-            for point, gradient in zip(points, pulled, strict=True):
+            for point in points:
                 parts = self._apart(point, kept[point].to(self.dtype))
-                written.append(torch.stack([self._written(gradient, p, any_direction, weights) for p in parts]))
+                moved = [self._moved(self._reads[point], part, weights, still) for part in parts]
+                written.append(torch.stack([m.flatten(1) @ self._along.T for m in moved]))
         return written
 
-    def _written(
-        self, gradient: Tensor, part: Tensor, by: Tensor, weights: Replayed
-    ) -> Float[Tensor, "batch direction"]:
-        if not gradient.requires_grad:  # nothing of it comes to the output
-            return torch.zeros_like(weights.output).flatten(1) @ self._along.T
-        (written,) = self._gradient(gradient, [by], part, create_graph=weights.differentiable)
-        return written.flatten(1) @ self._along.T
+    def _still(self, weights: Replayed) -> dict[Node, Tensor]:
+        """What each operation makes of zeros: its constants alone. None for those that have none."""
+        still = {}
+        for node in self._cut.order:
+            if inputs := self._cut.through.get(node, ()):
+                value = replayed(node, inputs, _Zeros(weights.moving), weights.recorded)
+                if bool(value.any()):
+                    still[node] = value
+        return still
+
+    def _moved(
+        self, start: Node, value: Tensor, weights: Replayed, still: Mapping[Node, Tensor]
+    ) -> Float[Tensor, "batch *ones d_rep"]:
+        """By how much the output moves if the value at a point does: only what is downstream is replayed.
+
+        Constants are taken off at each operation. Taken off at the end, all of them would be rounded with it.
+        """
+        moved = {start: value}
+        known: Mapping[Node, Tensor] = ChainMap(moved, _Zeros(weights.moving))
+        for node in reversed(self._cut.order):
+            inputs = self._cut.through.get(node, ())
+            if node not in moved and any(n in moved for n in inputs):
+                moves = replayed(node, inputs, known, weights.recorded)
+                moved[node] = moves - still[node] if node in still else moves
+        root = self._cut.root
+        return moved[root] if root in moved else torch.zeros_like(weights.output)
 
     def _apart(self, point: str, value: Tensor) -> Iterator[Tensor]:
         """A point's value with all parts but one at zero, for each part."""
@@ -156,18 +187,19 @@ class ReplayedCut(CompiledCut):
     def _gradients(self, weights: Replayed, points: list[str]) -> Iterator[tuple[Tensor, ...]]:
         """For each direction, the gradients by the values at ``points``."""
         inputs = [weights.zeros[point] for point in points]
-        for direction in self._along:
-            along = direction.expand_as(weights.output).clone()
-            with torch.inference_mode(False), torch.enable_grad():
-                found = self._gradient(weights.output, inputs, along, create_graph=weights.differentiable)
-            yield found
+        return (self._gradient(weights, inputs, direction) for direction in self._along if inputs)
 
-    @staticmethod
-    def _gradient(of: Tensor, by: Sequence[Tensor], along: Tensor, *, create_graph: bool) -> tuple[Tensor, ...]:
-        if not by:
-            return ()
-        kept = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        return torch.autograd.grad(of, by, along, create_graph=create_graph, **kept)
+    def _gradient(self, weights: Replayed, inputs: list[Tensor], direction: Tensor) -> tuple[Tensor, ...]:
+        with torch.inference_mode(False), torch.enable_grad():
+            return torch.autograd.grad(
+                weights.output,
+                inputs,
+                direction.expand_as(weights.output).clone(),
+                retain_graph=True,
+                create_graph=weights.differentiable,
+                allow_unused=True,
+                materialize_grads=True,
+            )
 
     def _laid_out(self, point: str, value: Tensor, batch: int) -> Float[Tensor, "split batch folded *rest"]:
         dim, split = self._axes(point)
