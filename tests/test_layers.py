@@ -34,6 +34,7 @@ LAYERS = (
     {"explanation", "patch_maps"},
     {"pictures"},
     {"explain"},
+    {"testbed"},
     {"cli"},
     {"__main__"},
 )

@@ -1,0 +1,112 @@
+"""Training the testbed's models: what they are, and that a run that was ended goes on as it would have."""
+
+import pytest
+import torch
+from torch import nn
+
+from vitdecomp_lens import HookedViT, decompose
+from vitdecomp_lens.errors import InputError, UnknownNameError
+from vitdecomp_lens.testbed import tasks
+from vitdecomp_lens.testbed.models import BUILDERS, CLASSES, build, normalised
+from vitdecomp_lens.testbed.scenes import ATTRIBUTES, Scenes
+from vitdecomp_lens.testbed.training import Recipe, train
+from vitdecomp_lens.testbed.vocabulary import tokenize
+
+SHORT = Recipe(6, batch=8)
+
+
+class KilledError(Exception):
+    """A run that ends in the middle."""
+
+
+def test_classes_are_those_of_all_attributes_and_each_has_a_name_of_its_own():
+    assert len(set(CLASSES)) == len(CLASSES) == sum(map(len, ATTRIBUTES.values()))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_models_are_the_libraries_own_and_their_adapters_take_them(name):
+    model = HookedViT(build(name).eval())
+    assert type(model.original).__module__.split(".")[0] == ("open_clip" if name == "clip" else "timm")
+    parts = decompose(model, normalised(Scenes("test").images(range(2))))
+    assert float(parts.gap.max()) < 1e-5
+    assert parts.coverage.share == 1
+
+
+def test_weights_come_from_the_seed():
+    one, same, other = (build("deit", seed=seed).head.weight for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    with pytest.raises(UnknownNameError, match="swin"):
+        build("swim")
+
+
+def test_clip_reads_its_texts_at_their_end():
+    clip = build("clip").eval()
+    short, long = tokenize(["a red star", "a red star on sand"])
+    with torch.no_grad():
+        before = clip.encode_text(short[None])
+        changed = short.clone()
+        changed[5:] = short[0]  # behind the end nothing is read
+        assert torch.allclose(clip.encode_text(changed[None]), before)
+        assert not torch.allclose(clip.encode_text(long[None]), before)
+
+
+@pytest.mark.parametrize("name", ["clip", "deit", "dino", "maxvit"])
+def test_a_run_that_was_ended_goes_on_as_it_would_have(name, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = train(name, tmp_path / "whole.safetensors", recipe=SHORT, scenes=32, tell=lambda _: None)
+        kind = type(tasks.task_of(name, build(name)))
+        losses, usual = [], kind.loss
+
+        def ends(self, model, batch):
+            if len(losses) == 4:
+                raise KilledError
+            losses.append(usual(self, model, batch))
+            return losses[-1]
+
+        monkeypatch.setattr(kind, "loss", ends)
+        with pytest.raises(KilledError):
+            train(name, tmp_path / "ended.safetensors", recipe=SHORT, scenes=32, every=0.0, tell=lambda _: None)
+        monkeypatch.setattr(kind, "loss", usual)
+        said = []
+        again = train(name, tmp_path / "ended.safetensors", recipe=SHORT, scenes=32, tell=said.append)
+    finally:
+        torch.set_num_threads(threads)
+    assert said[-1].startswith(f"{name}: step 6 of 6")
+    for (path, expected), found in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(expected, found), path
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    train("deit", tmp_path / "a.safetensors", recipe=SHORT, scenes=16, tell=lambda _: None)
+    with pytest.raises(InputError, match="another training"):
+        train("deit", tmp_path / "a.safetensors", recipe=SHORT, scenes=16, seed=1, tell=lambda _: None)
+
+
+def test_equal_captions_are_no_negatives():
+    model = build("clip")
+    images = Scenes("test").images(range(4))
+    tokens = tokenize(["a red star", "a red star", "a blue ring", "a blue ring"])
+    batch = tasks.Batch(images, torch.zeros(4, 6, dtype=torch.int64), tokens, torch.Generator(), 0.0)
+    image, text, scale = model(normalised(images), tokens)[:3]
+    logits = scale * image @ text.T
+    kept = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+    by_image = (logits.exp() * kept).sum(1).log() - logits.diagonal()
+    by_text = (logits.exp() * kept).sum(0).log() - logits.diagonal()
+    expected = (by_image.mean() + by_text.mean()) / 2
+    torch.testing.assert_close(tasks.Captioning().loss(model, batch), expected)
+
+
+def test_a_teacher_is_a_running_mean_of_its_student():
+    model = build("dino")
+    task = tasks.Agreeing(model)
+    before = task.teacher.norm.weight.clone()
+    nn.init.constant_(model.norm.weight, 3.0)
+    batch = tasks.Batch(
+        Scenes("test").images(range(2)), torch.zeros(2, 6).long(), tokenize(["a"] * 2), torch.Generator(), 0.0
+    )
+    task.after_step(model, batch)
+    torch.testing.assert_close(task.teacher.norm.weight, 0.99 * before + 0.01 * model.norm.weight)
+    assert all(not parameter.requires_grad for parameter in task.teacher.parameters())
