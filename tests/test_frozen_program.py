@@ -558,3 +558,35 @@ def test_the_slow_way_serves_several_threads():
     with ThreadPoolExecutor(2) as pool:
         for number, found in enumerate(pool.map(again, range(20))):
             close(found, expected[number % 2])
+
+
+def test_what_the_slow_way_compiled_in_inference_mode_has_gradients_outside_of_it():
+    model, message = slow_sample("scaled")
+    x = images(1, seed=2).requires_grad_()
+    graph = trace(model, x)
+    cut = graph.cut(["hook_source"])
+    with torch.inference_mode(), pytest.warns(VitDecompWarning, match=message):
+        expected = graph.push(cut, x.detach())
+    found = graph.push(cut, x)
+    close(found["hook_source"], expected["hook_source"])
+    (gradient,) = torch.autograd.grad(sum(found.values()).sum(), x)
+    (of_total,) = torch.autograd.grad(model(x).sum(), x)
+    close(gradient, of_total)
+
+
+def test_a_hook_on_a_constant_is_a_component_of_the_slow_way_too(monkeypatch):
+    def refuse(*_args, **_options):
+        raise NoFastPathError("not today")
+
+    model, x = hooked("layer_scale")
+    with model.hooks([("hook_pos_embed", lambda value, hook: 3 * value)]):
+        fast = decompose(model, x)
+        monkeypatch.setattr(graphs, "compile_cut", refuse)
+        for entry in model.__dict__["_vitdecomp_lens_traces"]:
+            for graph in (entry.graph, *entry.graph._hooked_graphs.values()):
+                graph._programs.clear()
+        with pytest.warns(VitDecompWarning, match="not today"):
+            slow = decompose(model, x)
+    for label in ("embed", "L1H0", "mlp.0", "intervention@hook_pos_embed"):
+        close(slow[label], fast[label])
+    assert float(slow.gap.max()) < 1e-10

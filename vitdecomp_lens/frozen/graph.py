@@ -271,7 +271,8 @@ class FrozenGraph:
             if directions is None
             else directions.to(dtype)
         )
-        read = read.detach().clone()  # what is compiled in inference mode serves outside of it too
+        with torch.inference_mode(False):  # what is compiled in inference mode serves outside of it too
+            read = read.detach().clone()
         met = set(cut.order)
         nodes = {name: self.points[name] for name in through if self.points[name] in met}
         program: CompiledCut

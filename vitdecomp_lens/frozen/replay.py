@@ -42,8 +42,8 @@ def replayed(node: Node, through: Sequence[Node], moving: Mapping[Node, Tensor],
         return map_arg(item, lambda n: moving[n] if n in through else recorded[n])
 
     name = operation(node)
-    if name in _KEEPS_VALUES:
-        return moving[through[0]]
+    if name in _KEEPS_VALUES:  # a constant at which somebody's hook listens is passed from nowhere
+        return moving[through[0]] if through else recorded[node.all_input_nodes[0]]
     several = node.args[0] if name == "getitem" else None
     if isinstance(several, Node) and operation(several) in SPLITS:
         return several.target(*value(several.args), **value(several.kwargs))[node.args[1]]  # type: ignore[operator]
