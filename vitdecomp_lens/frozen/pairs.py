@@ -27,7 +27,7 @@ from vitdecomp_lens.frozen.compiled import Leaf
 
 Owner = Literal["A", "M", "both"]
 MOST_PAIRS = 1024
-MOST_BYTES = 4 << 30
+MOST_BYTES = 2 << 30
 
 
 class NoFastPathError(VitDecompError):
