@@ -55,7 +55,11 @@ def test_outputs_are_the_originals(name):
     torch.testing.assert_close(model.run_with_cache(images)[0], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [pytest.param(torch.float32, 1e-5, marks=pytest.mark.sweep), (torch.float64, 1e-10)],
+    ids=["float32", "float64"],
+)
 @pytest.mark.parametrize("name", SWEPT)
 def test_every_cut_is_complete_and_exact(name, dtype, tolerance):
     model, images = shared(name, dtype)
@@ -127,7 +131,7 @@ def test_results_of_heads_sum_to_what_is_added(name):
 
 
 @pytest.mark.parametrize("name", SWEPT)
-@pytest.mark.parametrize("kind", ["hook_scale", "hook_pattern"])
+@pytest.mark.parametrize("kind", ["hook_scale", pytest.param("hook_pattern", marks=pytest.mark.sweep)])
 def test_hooks_that_look_at_statistics_and_patterns_leave_requests_exact(name, kind):
     model, images = shared(name)
     u, looked = directions(model, images), []

@@ -69,11 +69,13 @@ class Branch:
 
     @property
     def _head(self) -> int | None:
-        """Which of the channels' dimensions tells parts apart: of attention no row or column of its product."""
+        """Which of the channels' dimensions tells parts apart: of a product of matrices no row or column."""
         if self.kind != "attn":
             return 0 if self.kind in PARTS else None
-        rank = len(sizes(self.source))
-        return next((number for number, axis in enumerate(self.source_channels) if axis < rank - 2), None)
+        # An einsum lays dimensions as it likes; heads come before their channels.
+        within = 0 if operation(self.source) == "aten::einsum" else 2
+        last = len(sizes(self.source)) - within
+        return next((number for number, axis in enumerate(self.source_channels) if axis < last), None)
 
     @property
     def _split_of_values(self) -> int | None:

@@ -14,7 +14,7 @@ from torch.fx import Node
 from vitdecomp_lens.frozen.adjoints.attention import through_pattern
 from vitdecomp_lens.frozen.adjoints.moves import with_dim
 from vitdecomp_lens.frozen.adjoints.registry import Adjoint, Passed, adjoint, aligned, by_derivative, input_of
-from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, check_rank, reshape, settle
+from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, check_bytes, check_rank, reshape, settle
 from vitdecomp_lens.frozen.rules import argument, sizes
 
 
@@ -171,6 +171,7 @@ def _by_taps(
     pairs = settle(settle(pairs, tape, [2, 3], "A"), tape, [1], "M")
     taps = weight.shape[2] * weight.shape[3]
     check_rank(pairs.rank * taps)
+    check_bytes(pairs.maps.numel() * pairs.maps.element_size() * taps * weight.shape[1] * groups // len(weight), "maps")
     height, width = size
     matrices = [_grouped(pairs.maps[..., 0, 0], weight[:, :, i, j], groups) for i, j in _taps(weight)]
 
