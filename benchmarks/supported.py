@@ -310,9 +310,11 @@ def what_is_read(model: Any, images: torch.Tensor) -> Read:
 
 
 def given(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """A model's output, the mean over its tokens where it gives tokens."""
+    """A model's output, the mean over its tokens or places where it gives these."""
     output: torch.Tensor = model(images)
-    return output.mean(1) if output.dim() == 3 else output
+    if output.dim() == 3:
+        return output.mean(1)
+    return output.mean((-2, -1)) if output.dim() == 4 else output
 
 
 def _model_and_images(planned: Planned) -> tuple[nn.Module, torch.Tensor]:

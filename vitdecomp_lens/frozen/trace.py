@@ -351,7 +351,8 @@ def _root(graph: Graph, hook: str | None, of: Read, module: nn.Module, field: st
         root = outputs[0]
     if any(size != 1 for size in root.meta["val"].shape[1:-1]) or root.meta["val"].dim() < 2:
         shape = ", ".join(map(str, root.meta["val"].shape[1:]))
-        what, output = (f"of={of!r}", "") if field is None else (field, f".{field}")
+        asked = f"of={getattr(of, '__name__', None) or repr(of)}"
+        what, output = (asked, "") if field is None else (field, f".{field}")
         raise InputError(
             f"What is decomposed must be one vector an image, [batch, d]; {what} is [batch, {shape}]. Name a hook"
             " with one vector an image, such as hook_representation, or pass a function that pools, such as"
