@@ -1,6 +1,7 @@
 """What the testbed's models learn: names of attributes, captions, or to agree with themselves."""
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +33,12 @@ class Batch:
     progress: float
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """A loss, with what it needs beside the model."""
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
         """What is made small."""
-        raise NotImplementedError
 
     def after_step(self, model: nn.Module, batch: Batch) -> None:
         """What follows a step of the optimiser."""
