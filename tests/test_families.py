@@ -319,7 +319,10 @@ ALWAYS_SLOW = {
     "starnet",
     "swiftformer",
 }
-SLOW = {"default": ALWAYS_SLOW, "everything": ALWAYS_SLOW | {"convnext v2", "hiera", "hieradet_sam2", "nest", "shvit"}}
+SLOW = {
+    "default": ALWAYS_SLOW,
+    "everything": ALWAYS_SLOW | {"coatnet", "convnext v2", "hiera", "hieradet_sam2", "nest", "shvit"},
+}
 
 
 def member(name):

@@ -33,7 +33,7 @@ POSITIONS = {
     "bottom": (24.0, 35.0),
     "centre": (24.0, 24.0),
 }
-SIZES = {"small": (7.0, 8.5), "large": (10.0, 12.0)}
+SIZES = {"small": (8.0, 9.5), "large": (11.0, 13.0)}
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "shape": tuple(SHAPES),
     "colour": tuple(COLOURS),
