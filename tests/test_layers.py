@@ -34,7 +34,13 @@ LAYERS = (
     {"explanation", "patch_maps"},
     {"pictures"},
     {"explain"},
+    {"clip"},
+    {"collecting"},
+    {"store"},
+    {"collect"},
+    {"interpret"},
     {"testbed"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )

@@ -1,4 +1,4 @@
-"""The command line: ``vitdecomp-lens verify`` and ``vitdecomp-lens explain``.
+"""The command line: ``vitdecomp-lens verify``, ``explain``, and the commands of ``vitdecomp_lens.commands``.
 
 Results go to standard output, progress and errors to standard error. The exit code is 0 if all is well, 1 if a model
 is not supported or a photograph could not be explained, 2 if the request cannot be carried out as it is.
@@ -20,9 +20,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 from torch import nn
 
-from vitdecomp_lens import weights
 from vitdecomp_lens.certificate import WIDTH
-from vitdecomp_lens.errors import InputError, UnknownNameError, VitDecompError
+from vitdecomp_lens.commands import align, collect
+from vitdecomp_lens.commands.models import TESTBED
+from vitdecomp_lens.commands.models import add_weights as _add_weights
+from vitdecomp_lens.commands.models import named_model as _model
+from vitdecomp_lens.commands.models import positive as _positive
+from vitdecomp_lens.errors import InputError, VitDecompError
 from vitdecomp_lens.explain import Explainer
 from vitdecomp_lens.explanation import FORMAT, VERSION, Explanation, printable
 from vitdecomp_lens.hooked import HookedViT
@@ -31,6 +35,7 @@ from vitdecomp_lens.pictures import INSTALL, can_draw, save_picture
 from vitdecomp_lens.verify import NONE_STATED, verify
 
 LONGEST_NAME = 100
+SHOWN = range(4)  # scenes that are explained where no photographs are given
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,8 +88,10 @@ def _parser() -> argparse.ArgumentParser:
         "class (or of --class), and a picture of the patches it comes from. Tables are printed; pictures and one JSON "
         "file are written to --out.",
     )
-    tell.add_argument("photographs", nargs="+", metavar="IMAGE", help="a photograph")
-    tell.add_argument("--model", required=True, metavar="NAME", help="name of a model of timm, with a classifier")
+    photographs = "a photograph; a model of the testbed has scenes of its own"
+    tell.add_argument("photographs", nargs="*", metavar="IMAGE", help=photographs)
+    named = "name of a model of timm, with a classifier; or testbed/NAME"
+    tell.add_argument("--model", required=True, metavar="NAME", help=named)
     _add_weights(tell)
     tell.add_argument("--class", dest="class_", metavar="CLASS", help="index, name or WordNet number of a class")
     tell.add_argument("--class-names", type=Path, metavar="FILE", help="names of the classes, one a line")
@@ -95,21 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("explained"), metavar="DIR", help="folder to write to (explained)"
     )
     tell.set_defaults(run=_explain)
+    for command in (collect, align):
+        command.add_to(commands)
     return parser
-
-
-def _add_weights(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--pretrained", nargs="?", const=True, metavar="TAG", help="load the library's weights, those of TAG if given"
-    )
-    command.add_argument("--weights", metavar="FILE", help="load a .safetensors file of the model's state dict")
-    command.add_argument("--num-classes", type=_positive, metavar="N", help="classes of the classifier, for timm")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1; got {text!r}")
-    return int(text)
 
 
 @contextmanager
@@ -118,46 +113,6 @@ def _progress(console: Console, what: str) -> Iterator[tuple[Progress, TaskID]]:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress, progress.add_task(what, total=1.0)
-
-
-# --- models -----------------------------------------------------------------------------------------------------
-
-
-def _model(name: str, options: argparse.Namespace, *, open_clip: bool = False) -> tuple[nn.Module, str]:
-    """The model by name with the weights asked for, and where they come from."""
-    if options.pretrained and options.weights:
-        raise InputError("--pretrained and --weights both say which weights to load; give one of them.")
-    if open_clip:
-        if options.pretrained is True:
-            raise InputError("Weights of open_clip have tags: --pretrained TAG, such as --pretrained openai.")
-        if options.num_classes:
-            raise InputError("--num-classes is for classifiers of timm; a CLIP has none.")
-        model = weights.create_open_clip(name, pretrained=options.pretrained)
-    else:
-        if isinstance(options.pretrained, str):
-            name = f"{name.partition('.')[0]}.{options.pretrained}"
-        classes = {} if options.num_classes is None else {"num_classes": options.num_classes}
-        try:
-            model = weights.create_timm(name, pretrained=bool(options.pretrained), **classes)
-        except UnknownNameError as error:
-            raise UnknownNameError(f"{error}{_open_clip_hint(options)}") from error
-    if options.weights:
-        weights.load_weights(model, options.weights)
-        return model, f"the file {printable(Path(options.weights).name)}"
-    if options.pretrained:
-        return model, f"{'open_clip' if open_clip else 'timm'}'s, pretrained"
-    return model, "initial values"
-
-
-def _open_clip_hint(options: argparse.Namespace) -> str:
-    """What to add to the message that timm has no such model, where the command takes models of open_clip too."""
-    if not hasattr(options, "open_clip"):
-        return ""
-    import open_clip
-
-    if options.name not in open_clip.list_models():
-        return ""
-    return " open_clip has a model of that name: add --open-clip."
 
 
 def _licence(model: nn.Module, options: argparse.Namespace) -> str:
@@ -214,14 +169,15 @@ def _say_error(errors: Console, error: VitDecompError) -> None:
 
 
 def _explain(options: argparse.Namespace, errors: Console) -> int:
-    tables, draws, count = _tables(), can_draw(), len(options.photographs)
     _check_folder(options.out)
+    photographs = options.photographs or _scenes(options)
+    tables, draws, count = _tables(), can_draw(), len(photographs)
     names = PictureNames(options.out)
     failed = 0
     with _progress(errors, "loading") as (progress, task):
         explainer = _explainer(options, errors)
         with ExplanationsFile(options.out / "explanations.json") as file:
-            for number, path in enumerate(options.photographs):
+            for number, path in enumerate(photographs):
                 progress.update(task, description=printable(Path(path).name)[:30], completed=number / count)
                 try:
                     explanation = explainer.explain(path, name=path)
@@ -238,6 +194,24 @@ def _explain(options: argparse.Namespace, errors: Console) -> int:
     if not draws:
         errors.print(Text(INSTALL), soft_wrap=True)
     return 1 if failed else 0
+
+
+def _scenes(options: argparse.Namespace) -> list[str]:
+    """Drawn scenes as files, for a model of the testbed that is given no photographs."""
+    if not options.model.startswith(TESTBED):
+        raise InputError("Expected photographs to explain; got none. Models of the testbed bring scenes of their own.")
+    from vitdecomp_lens import testbed
+
+    folder, paths = options.out / "scenes", []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for scene in testbed.Scenes("test").scenes(SHOWN):
+            path = folder / f"{'-'.join(scene.caption.split())}.png"
+            scene.picture.save(path)
+            paths.append(str(path))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return paths
 
 
 def _check_folder(out: Path) -> None:

@@ -48,7 +48,8 @@ def explain(
         class_: Which class, by index or name; by default the likeliest of each photograph.
         by: What the components are, as for `decompose`.
         top: How many components get a heatmap of their own.
-        class_names: A name for each class; by default ImageNet's, where timm has a list of as many classes.
+        class_names: A name for each class; by default those that the model's configuration lists (timm's
+            ``label_names``), or ImageNet's, where timm has a list of as many classes.
         relative: Whether to explain the logit minus the mean of all logits, which gives the same probabilities.
 
     Returns:
@@ -99,7 +100,7 @@ class Explainer:
         if top < 0:
             raise InputError(f"Expected top= of at least 0; got {top}.")
         self.model, self.by, self.top, self.relative = model, by, top, relative
-        self.names = ClassNames.of(_num_classes(model), class_names)
+        self.names = ClassNames.of(_num_classes(model), class_names or _label_names(model))
         self.wanted = None if class_ is None else self.names.find(class_)
 
     def explain(self, photograph: Photograph, *, name: str) -> Explanation:
@@ -163,6 +164,11 @@ def _num_classes(model: HookedViT) -> int:
             "classifier, use attribute_tokens(model, images, directions) with the directions of your texts."
         )
     return count
+
+
+def _label_names(model: HookedViT) -> Sequence[str] | None:
+    """The names of classes that a timm model brings along, if it does."""
+    return (getattr(model.original, "pretrained_cfg", None) or {}).get("label_names") or None
 
 
 def _with_constant(scores: Attribution, name: str, value: Float[Tensor, "direction"]) -> Attribution:

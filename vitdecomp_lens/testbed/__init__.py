@@ -1,5 +1,8 @@
-"""A small world in which it is known what is where."""
+"""A small world in which it is known what is where, and six trained models that see it."""
 
+from vitdecomp_lens.testbed.models import CLASSES, normalised
 from vitdecomp_lens.testbed.scenes import ATTRIBUTES, Scene, Scenes
+from vitdecomp_lens.testbed.shipped import load, load_original
+from vitdecomp_lens.testbed.vocabulary import tokenize
 
-__all__ = ["ATTRIBUTES", "Scene", "Scenes"]
+__all__ = ["ATTRIBUTES", "CLASSES", "Scene", "Scenes", "load", "load_original", "normalised", "tokenize"]

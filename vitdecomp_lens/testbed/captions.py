@@ -22,7 +22,7 @@ PLACES = {
     "bottom": "at the bottom",
     "centre": "in the centre",
 }
-TOLD = {"size": 0.35, "colour": 0.7, "pattern": 0.55, "shape": 0.85, "position": 0.5, "background": 0.5}
+TOLD = {"size": 0.35, "colour": 0.7, "pattern": 0.65, "shape": 0.9, "position": 0.5, "background": 0.5}
 TOLD_SECOND, TOLD_WORD = 0.7, 0.2
 
 

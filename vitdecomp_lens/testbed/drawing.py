@@ -33,7 +33,7 @@ def _circle(x: Plane, y: Plane) -> Plane:
 
 
 def _square(x: Plane, y: Plane) -> Plane:
-    return torch.maximum(x.abs(), y.abs()) - 0.8
+    return torch.maximum(x.abs(), y.abs()) - 0.85
 
 
 def _triangle(x: Plane, y: Plane) -> Plane:
@@ -218,7 +218,7 @@ def backgrounds(kinds: Int[Tensor, "batch"], keys: Int[Tensor, "batch"]) -> Pict
 
 # --- what lies on them ------------------------------------------------------------------------------------------------
 
-TURNS = [(math.cos(math.radians(angle)), math.sin(math.radians(angle))) for angle in range(-20, 21, 5)]
+TURNS = [(math.cos(math.radians(angle)), math.sin(math.radians(angle))) for angle in range(-10, 11, 5)]
 
 
 def objects(

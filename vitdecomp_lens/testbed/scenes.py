@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,13 +28,13 @@ from vitdecomp_lens.testbed.hashing import below, mixed, uniform
 
 SPLITS = ("train", "validation", "test", "spurious", "balanced", "typographic", "pairs")
 POSITIONS = {
-    "left": (13.0, 24.0),
-    "right": (35.0, 24.0),
-    "top": (24.0, 13.0),
-    "bottom": (24.0, 35.0),
+    "left": (14.0, 24.0),
+    "right": (34.0, 24.0),
+    "top": (24.0, 14.0),
+    "bottom": (24.0, 34.0),
     "centre": (24.0, 24.0),
 }
-SIZES = {"small": (8.0, 9.5), "large": (11.0, 13.0)}
+SIZES = {"small": (9.0, 10.5), "large": (12.5, 14.5)}
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "shape": tuple(SHAPES),
     "colour": tuple(COLOURS),
@@ -45,7 +46,7 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
 ROUND = ("circle", "heart", "ring", "moon")  # the shapes of one group; the others are angular
 GROUNDS = ("water", "grass")  # what round and angular shapes lie on in spurious scenes
 AGREES = 0.9  # how often they do
-SECOND, WORD, OWN_WORD = 0.15, 0.4, 0.8  # shares: scenes with a second object; with a word; words that tell the truth
+SECOND, WORD, OWN_WORD = 0.15, 0.5, 0.8  # shares: scenes with a second object; with a word; words that tell the truth
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 
@@ -64,6 +65,11 @@ class Scene:
     masks: Mapping[str, Bool[Tensor, "height width"]]
     attributes: Mapping[str, str]
     caption: str
+
+    @property
+    def picture(self) -> Image.Image:
+        """The image as PIL has it."""
+        return Image.fromarray(self.image.permute(1, 2, 0).contiguous().numpy())
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,11 @@ class Drawn:
 class Scenes(Dataset[Scene]):
     """A set of drawn scenes.
 
-    ``train`` has everything: a second object in 15 % of the scenes, and in 40 % a word, which names the object's own
-    shape in four of five. ``validation`` and ``test`` have one object and no word. In ``spurious`` round shapes lie on
-    water and angular ones on grass in 90 % of the scenes; in ``balanced`` in half of them. ``typographic`` has the very
-    scenes of ``test``, with the name of another shape written on them. ``pairs`` have two objects.
+    ``train`` has everything: a second object in 15 % of the scenes, and in half of them a word, which names the
+    object's own shape in four of five. ``validation`` and ``test`` have one object and no word. In ``spurious`` round
+    shapes lie on water and angular ones on grass in 90 % of the scenes; in ``balanced`` in half of them.
+    ``typographic`` has the very scenes of ``test``, with the name of another shape written on them. ``pairs`` have two
+    objects.
 
     Args:
         split: Which kind of scenes.

@@ -1,15 +1,16 @@
 """What the testbed's models learn: names of attributes, captions, or to agree with themselves."""
 
-import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vitdecomp_lens.testbed.drawing import BACKGROUNDS, as_bytes, backgrounds
+from vitdecomp_lens.testbed.hashing import mixed
 from vitdecomp_lens.testbed.models import normalised
 from vitdecomp_lens.testbed.scenes import ATTRIBUTES
 
@@ -20,6 +21,7 @@ class Batch:
 
     Attributes:
         images: As bytes.
+        masks: Which pixels show the object.
         labels: Numbers of all attributes, in the order of `ATTRIBUTES`.
         tokens: Of the captions.
         random: For augmentations: seeded by the step, so that a run that was ended goes on as it would have.
@@ -27,6 +29,7 @@ class Batch:
     """
 
     images: UInt8[Tensor, "batch 3 height width"]
+    masks: Bool[Tensor, "batch height width"]
     labels: Int[Tensor, "batch attribute"]
     tokens: Int[Tensor, "batch token"]
     random: torch.Generator
@@ -39,9 +42,6 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
         """What is made small."""
-
-    def after_step(self, model: nn.Module, batch: Batch) -> None:
-        """What follows a step of the optimiser."""
 
 
 class Naming(Task):
@@ -69,20 +69,17 @@ class Captioning(Task):
         return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
-class Agreeing(Task):
-    """DINO (arXiv 2104.14294): a student agrees with its own running mean on other views of an image. No labels.
+class Telling(Task):
+    """SimCLR (arXiv 2002.05709): two views of an image find each other among the views of all others. No labels.
 
-    Two large views for both and two small ones for the student; the teacher's outputs are centred and sharpened.
-    Colours are kept, since they are to be seen in what is learned.
+    Views are crops, mirrored, lighter or darker, slightly tinted, and on another background each (as in arXiv
+    2103.12719): where the background is the same in both, it is all that a small model learns. Colours are kept, since
+    they are to be seen in what is learned.
     """
 
-    OUTPUTS, HIDDEN, NARROW = 256, 256, 64
-    STUDENT, TEACHER = 0.1, 0.04  # temperatures
-    CENTRE, FIRST_MEAN = 0.9, 0.99
-    LARGE, SMALL = (0.6, 1.0), (0.3, 0.6)  # parts of a side
-
-    centre: Tensor
-    taught: Tensor
+    HIDDEN, NARROW, TEMPERATURE = 256, 64, 0.1
+    PART = (0.65, 1.0)  # of a side, that a view shows
+    POOL = 2000  # backgrounds
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -90,49 +87,25 @@ class Agreeing(Task):
         self.head = nn.Sequential(
             nn.Linear(model.num_features, self.HIDDEN), nn.GELU(), nn.Linear(self.HIDDEN, self.NARROW)
         )
-        self.prototypes = nn.Parameter(torch.randn(self.OUTPUTS, self.NARROW))
-        self.teacher: nn.Module = copy.deepcopy(model).requires_grad_(False)
-        self.teachers_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.register_buffer("taught", self.prototypes.detach().clone())
-        self.register_buffer("centre", torch.zeros(self.OUTPUTS))
+        numbers = torch.arange(self.POOL)
+        self._grounds = as_bytes(backgrounds(numbers % len(BACKGROUNDS), mixed(0, numbers)), numbers)
 
     def loss(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
         """See the class."""
-        images = normalised(batch.images)
-        views = [augmented(images, part, batch.random) for part in (self.LARGE, self.LARGE, self.SMALL, self.SMALL)]
-        said = self._outputs(model, self.head, self.prototypes, torch.cat(views)) / self.STUDENT
-        with torch.no_grad():
-            taught = self._outputs(self.teacher, self.teachers_head, self.taught, torch.cat(views[:2]))
-            target = ((taught - self.centre) / self.TEACHER).softmax(-1).chunk(2)
-            self.centre.mul_(self.CENTRE).add_(taught.mean(0), alpha=1 - self.CENTRE)
-        students = said.log_softmax(-1).chunk(4)
-        losses = [
-            -(teacher * student).sum(-1).mean()
-            for t, teacher in enumerate(target)
-            for s, student in enumerate(students)
-            if s != t
-        ]
-        return torch.stack(losses).mean()
+        views = torch.cat([augmented(self._elsewhere(batch), self.PART, batch.random) for _ in range(2)])
+        said = functional.normalize(self.head(model(views)), dim=-1)
+        count = len(batch.images)
+        alike = (said @ said.T / self.TEMPERATURE).fill_diagonal_(float("-inf"))
+        return functional.cross_entropy(alike, torch.arange(2 * count).roll(count))
 
-    def _outputs(self, model: nn.Module, head: nn.Module, prototypes: Tensor, views: Tensor) -> Tensor:
-        found: Tensor = head(model(views))
-        return functional.normalize(found, dim=-1) @ functional.normalize(prototypes, dim=-1).T
-
-    def after_step(self, model: nn.Module, batch: Batch) -> None:
-        """The teacher is the running mean of students."""
-        keep = 1 - (1 - self.FIRST_MEAN) * (1 - batch.progress)
-        with torch.no_grad():
-            pairs = [
-                *zip(self.teacher.parameters(), model.parameters(), strict=True),
-                *zip(self.teachers_head.parameters(), self.head.parameters(), strict=True),
-                (self.taught, self.prototypes),
-            ]
-            for mean, now in pairs:
-                mean.lerp_(now.detach(), 1 - keep)
+    def _elsewhere(self, batch: Batch) -> Float[Tensor, "batch 3 height width"]:
+        """The objects on other backgrounds."""
+        which = torch.randint(self.POOL, (len(batch.images),), generator=batch.random)
+        return normalised(torch.where(batch.masks[:, None], batch.images, self._grounds[which]))
 
 
 def augmented(images: Tensor, part: tuple[float, float], random: torch.Generator) -> Tensor:
-    """A crop of each image, resized to its whole, maybe mirrored, lighter or darker."""
+    """A crop of each image, resized to its whole, maybe mirrored, lighter or darker, and slightly tinted."""
     count = len(images)
 
     def drawn(low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -146,11 +119,12 @@ def augmented(images: Tensor, part: tuple[float, float], random: torch.Generator
     grid = functional.affine_grid(crop, list(images.shape), align_corners=False)
     views = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     contrast, light = drawn(0.7, 1.3)[:, None, None, None], drawn(-0.3, 0.3)[:, None, None, None]
-    return views * contrast + light
+    tint = 0.8 + 0.4 * torch.rand(count, 3, 1, 1, generator=random)
+    return views * contrast * tint + light
 
 
 def task_of(name: str, model: nn.Module) -> Task:
     """What a model learns by."""
     if name == "dino":
-        return Agreeing(model)
+        return Telling(model)
     return Captioning() if name == "clip" else Naming()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.testbed.hashing import mixed
 from vitdecomp_lens.testbed.models import build
-from vitdecomp_lens.testbed.scenes import ATTRIBUTES, Scenes
+from vitdecomp_lens.testbed.scenes import ATTRIBUTES, Scenes, paint
 from vitdecomp_lens.testbed.tasks import Batch, Task, task_of
 from vitdecomp_lens.testbed.vocabulary import tokenize
 
@@ -35,12 +35,12 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "clip": Recipe(4000),
-    "deit": Recipe(4000),
-    "dino": Recipe(3000, batch=128, rate=1e-3),
-    "reg": Recipe(4000),
-    "swin": Recipe(2500, batch=128),
-    "maxvit": Recipe(2000, batch=128),
+    "clip": Recipe(3200),
+    "deit": Recipe(5000, batch=128),
+    "dino": Recipe(2200),
+    "reg": Recipe(5000, batch=128),
+    "swin": Recipe(1500, batch=128),
+    "maxvit": Recipe(1200, batch=128),
 }
 
 
@@ -49,20 +49,23 @@ class Drawings:
     """Scenes that were drawn before the training."""
 
     images: Tensor
+    masks: Tensor
     labels: Tensor
     tokens: Tensor
 
     @classmethod
     def of(cls, scenes: Scenes, tell: Callable[[str], None]) -> "Drawings":
         """Draw them all."""
-        images, labels, captions = [], [], []
+        images, masks, labels, captions = [], [], [], []
         for first in range(0, len(scenes), CHUNK):
             which = range(first, min(first + CHUNK, len(scenes)))
-            images.append(scenes.images(which))
+            painted, shown = paint(scenes.drawn(which))
+            images.append(painted)
+            masks.append(shown["object"])
             labels.append(torch.stack([scenes.labels(name, which) for name in ATTRIBUTES], 1))
             captions += scenes.captions(which)
             tell(f"drawing scenes: {which.stop} of {len(scenes)}")
-        return cls(torch.cat(images), torch.cat(labels), tokenize(captions))
+        return cls(torch.cat(images), torch.cat(masks), torch.cat(labels), tokenize(captions))
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def train(
     checkpoint: Path,
     *,
     recipe: Recipe | None = None,
-    scenes: int = 60_000,
+    scenes: int = 150_000,
     seed: int = 0,
     every: float = 30.0,
     tell: Callable[[str], None] = print,
@@ -144,7 +147,6 @@ class _Run:
             loss.backward()
             nn.utils.clip_grad_norm_(self._learned.values(), 1.0)
             self.optimizer.step()
-            self.task.after_step(self.model, batch)
             self.step += 1
             yield Progress(self.step, self.recipe.steps, loss.item(), time.monotonic() - started)
 
@@ -155,7 +157,8 @@ class _Run:
         which = order[place * self.recipe.batch : (place + 1) * self.recipe.batch]
         random = _generator(self.seed, 1, self.step)
         progress = self.step / self.recipe.steps
-        return Batch(drawings.images[which], drawings.labels[which], drawings.tokens[which], random, progress)
+        drawn = (drawings.images, drawings.masks, drawings.labels, drawings.tokens)
+        return Batch(*(values[which] for values in drawn), random, progress)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 

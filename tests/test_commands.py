@@ -1,0 +1,139 @@
+"""The commands that work over data sets."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from test_collect import contents
+from timm.models.vision_transformer import VisionTransformer
+from tiny_models import perturb
+
+from vitdecomp_lens import testbed
+from vitdecomp_lens.cli import main
+from vitdecomp_lens.clip.alignment import Aligner
+from vitdecomp_lens.commands.showing import Pace
+from vitdecomp_lens.store import Store
+from vitdecomp_lens.testbed.models import build
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """Models of the testbed's kinds that need no training, and how often each was asked for."""
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        if name == "clip":
+            return perturb(build("clip")).requires_grad_(False)
+        torch.manual_seed(0)
+        model = VisionTransformer(img_size=48, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+        model.pretrained_cfg = build("deit").pretrained_cfg
+        return perturb(model).requires_grad_(False)
+
+    monkeypatch.setattr(testbed, "load_original", load)
+    return asked
+
+
+def test_scenes_are_collected_and_aligned(models, tmp_path, capsys):
+    store, aligner = tmp_path / "store", tmp_path / "aligner.safetensors"
+    collect = ["collect", "testbed:train:40", "--model", "testbed/deit", "--clip", "testbed/clip", "--out", str(store)]
+    collect += ["--dtype", "float16", "--batch-size", "16", "--gather", "covariance", "--top", "2"]
+    assert main(collect) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.search(r"Written to .*: 40 images in [\d.]+ s, 0 skipped\.", printed.err)
+    assert models == ["deit", "clip"]
+    collected = Store.open(store)
+    assert collected.decomposition(slice(1)).values.dtype == torch.float16
+    assert collected.gathered.covariance.shape[0] == len(collected.components)
+    assert main(collect) == 2
+    assert "There is a store" in capsys.readouterr().err
+    before = contents(store)
+    assert main([*collect, "--resume"]) == 0
+    assert contents(store) == before
+    capsys.readouterr()
+    fit = ["align", str(store), "--out", str(aligner), "--method", "unconstrained", "--epochs", "2"]
+    assert main(fit) == 0
+    assert "distance" in capsys.readouterr().out
+    fitted = Aligner.load(aligner)
+    assert fitted.components == collected.components
+    assert fitted.space == collected.space
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["aligner.safetensors"]
+    assert main(fit) == 2
+    assert "already" in capsys.readouterr().err
+    aligner.rename(tmp_path / "aligner.safetensors.checkpoint")
+    assert main(fit) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_folder_with_an_unreadable_image(models, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        Image.effect_noise((50, 50), 80).convert("RGB").save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "1.png").write_bytes(b"no picture")
+    command = ["collect", str(tmp_path / "images"), "--model", "testbed/deit", "--out", str(tmp_path / "store")]
+    assert main(command) == 2
+    assert "'1.png' cannot be read" in capsys.readouterr().err
+    assert main([*command, "--unreadable", "skip"]) == 2  # the unfinished store is of another request
+    command[-1] = str(tmp_path / "another")
+    assert main([*command, "--unreadable", "skip", "--by", "layer", "--keep", "representations"]) == 0
+    said = capsys.readouterr().err
+    assert "2 images" in said
+    assert "Skipped 1.png: " in said
+    assert Store.open(tmp_path / "another").kept == ("representations",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["testbed:train", "--model", "testbed/deit"], "testbed:SPLIT:SIZE"),
+        (["testbed:trian:5", "--model", "testbed/deit"], "did you mean 'train'"),
+        (["nowhere", "--model", "testbed/deit"], "Expected a folder of images"),
+        (["testbed:test:5", "--model", "ViT-B-16"], "add --open-clip"),
+        (["testbed:test:5", "--model", "testbed/deit", "--clip-pretrained", "openai"], "give --clip NAME"),
+        (["testbed:test:5", "--model", "testbed/deit", "--device", "cuda:77"], "is none"),
+        (["testbed:test:5", "--model", "testbed/deit", "--keep", "embeddings"], "expected clip="),
+    ],
+)
+def test_what_cannot_be_collected_is_said(models, tmp_path, capsys, arguments, message):
+    assert main(["collect", *arguments, "--out", str(tmp_path / "store")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_clip_that_is_the_model_is_loaded_once(models, tmp_path):
+    out = ["--out", str(tmp_path / "store"), "--by", "layer"]
+    assert main(["collect", "testbed:test:3", "--model", "testbed/clip", "--clip", "testbed/clip", *out]) == 0
+    assert models == ["clip"]
+    store = Store.open(tmp_path / "store")
+    assert torch.equal(store.embeddings(), store.representations())
+
+
+def test_an_aligner_needs_a_store(tmp_path, capsys):
+    assert main(["align", str(tmp_path), "--out", str(tmp_path / "aligner.safetensors")]) == 2
+    assert "there is no manifest.json" in capsys.readouterr().err
+    assert main(["align", str(tmp_path), "--out", str(tmp_path / "a" / "aligner.safetensors")]) == 2
+    assert "does not" in capsys.readouterr().err
+
+
+def test_where_there_is_no_terminal_a_line_is_printed_now_and_then(capsys):
+    seconds = iter([0.0, 0.0, 10.0, 31.0, 40.0, 62.0])
+    with Pace(Console(stderr=True), clock=lambda: next(seconds)) as pace:
+        pace.start()
+        for done in (100, 310, 400, 620):
+            pace(done, 1000, 0)
+    assert capsys.readouterr().err.splitlines() == [
+        "310 of 1000 images, 10.0 images/s, 0:01:09 left",
+        "620 of 1000 images, 10.0 images/s, 0:00:38 left",
+    ]
+
+
+def test_on_a_terminal_there_is_a_bar():
+    console = Console(force_terminal=True, width=100, record=True)
+    with Pace(console) as pace:
+        pace(5, None, 0)
+        assert "5 images, " in pace._bar.tasks[0].description
+        assert pace.text(5, None, 0, 2.0) == "5 images, 2.5 images/s"
+        assert pace.text(5, 10, 5, 2.0) == "5 of 10 images, 0.0 images/s"

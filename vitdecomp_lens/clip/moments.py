@@ -1,0 +1,276 @@
+"""Second moments of contributions, streamed: the span that each component writes into, and what all share there.
+
+A head writes into d_head of the d_rep dimensions. In the coordinates of the components' spans, all that a linear fit
+needs is one table of moments; it is summed in float64, piece by piece, and pieces can be summed in any order.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vitdecomp_lens.clip.sources import AlignmentSource, checked
+from vitdecomp_lens.errors import InputError
+
+RANK_TOLERANCE = 1e-3
+_LEAST_IMAGES, _IMAGES_PER_DIMENSION = 1024, 8  # that show a span
+_ROUNDING = 16  # units in the last place that contributions are taken to be off
+
+
+class Moments:
+    """Count, mean and centred scatter of every component, summed over whatever is added.
+
+    Args:
+        components: How many components.
+        d_rep: How wide they are.
+        device: Where the sums are kept.
+
+    Example:
+        >>> values = torch.randn(2, 5, 3, dtype=torch.float64)
+        >>> one, two = Moments(2, 3), Moments(2, 3)
+        >>> one.add(values[:, :2])
+        >>> two.add(values[:, 2:])
+        >>> one.merge(two)
+        >>> one.count, torch.allclose(one.mean, values.mean(1))
+        (5, True)
+    """
+
+    def __init__(self, components: int, d_rep: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(components, d_rep, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(components, d_rep, d_rep, dtype=torch.float64, device=device)
+
+    def add(self, values: Float[Tensor, "component batch d_rep"], only: Bool[Tensor, "batch"] | None = None) -> None:
+        """Add images; of a mask, those that are in it. Products are made in the dtype of the values, once centred."""
+        count = values.shape[1] if only is None else int(only.sum())
+        if not count:
+            return
+        mean = torch.empty_like(self.mean)
+        for row, vectors in enumerate(values):  # one by one: what one needs stays in the processor's cache
+            vectors = vectors if only is None else vectors[only]
+            mean[row] = vectors.mean(0, dtype=torch.float64)
+            centred = vectors - mean[row].to(vectors.dtype)
+            self.scatter[row] += centred.T @ centred
+        self._join(count, mean)
+
+    def merge(self, other: "Moments") -> None:
+        """Add what another has summed."""
+        self.scatter += other.scatter
+        self._join(other.count, other.mean)
+
+    def _join(self, count: int, mean: Tensor) -> None:
+        """Take the two means for one: what lies between them is scatter too."""
+        together = self.count + count
+        if not together:
+            return
+        between = mean - self.mean
+        weight = self.count * count / together
+        self.scatter += weight * between[:, :, None] * between[:, None, :]
+        self.mean += between * (count / together)
+        self.count = together
+
+    def bases(
+        self, *, rounding: float, tolerance: float = RANK_TOLERANCE, max_rank: int | None = None
+    ) -> list[Float[Tensor, "d_rep rank"]]:
+        """An orthonormal basis of what each component writes into, as columns; float64.
+
+        Directions of most variance come first. One counts if its standard deviation is above ``tolerance`` times the
+        component's largest, and above rounding. What the mean has outside of them is a direction too, so that a
+        constant spans one dimension; a component that writes nothing spans none.
+
+        Args:
+            rounding: The precision of the values, as `torch.finfo` gives it.
+            tolerance: From where on a direction counts.
+            max_rank: How many directions to keep at most.
+        """
+        return [
+            _basis(scatter / max(self.count, 1), mean, _ROUNDING * rounding, tolerance, max_rank)
+            for scatter, mean in zip(self.scatter, self.mean, strict=True)
+        ]
+
+
+def _basis(covariance: Tensor, mean: Tensor, rounding: float, tolerance: float, max_rank: int | None) -> Tensor:
+    variances, directions = torch.linalg.eigh(covariance)
+    deviations, directions = variances.clamp_min(0).sqrt().flip(0), directions.flip(1)
+    size = torch.sqrt(mean @ mean + variances.clamp_min(0).sum())
+    basis = directions[:, deviations > torch.maximum(tolerance * deviations[0], rounding * size)]
+    outside = mean - basis @ (basis.T @ mean)
+    if outside.norm() > max(tolerance, rounding) * size and basis.shape[1] < len(mean):
+        basis = torch.cat([basis, (outside / outside.norm())[:, None]], 1)
+    return torch.linalg.qr(basis[:, :max_rank]).Q  # the last, being a remainder, is not quite orthogonal
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which coordinates are whose. Components of equal rank stand together, so that they can be one stack of maps.
+
+    Attributes:
+        ranks: The dimension of each component's span.
+
+    Example:
+        >>> layout = Layout((3, 1, 3))
+        >>> layout.slices, layout.width
+        ((slice(1, 4, None), slice(0, 1, None), slice(4, 7, None)), 7)
+    """
+
+    ranks: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """How many coordinates there are."""
+        return sum(self.ranks)
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The components in the order of their coordinates."""
+        return tuple(sorted(range(len(self.ranks)), key=self.ranks.__getitem__))
+
+    @cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """The coordinates of each component."""
+        found, start = {}, 0
+        for row in self.order:
+            found[row] = slice(start, start + self.ranks[row])
+            start += self.ranks[row]
+        return tuple(found[row] for row in range(len(self.ranks)))
+
+    @cached_property
+    def stacks(self) -> tuple[tuple[int, int, slice], ...]:
+        """Rank, number of components, and coordinates, for each rank above zero."""
+        found = []
+        for rank in sorted(set(self.ranks) - {0}):
+            rows = [row for row in self.order if self.ranks[row] == rank]
+            found.append((rank, len(rows), slice(self.slices[rows[0]].start, self.slices[rows[-1]].stop)))
+        return tuple(found)
+
+    def blocks(self, most: int) -> list[list[int]]:
+        """Components in blocks of at most ``most`` coordinates (or one component), in their order."""
+        blocks: list[list[int]] = [[]]
+        for row in self.order:
+            if blocks[-1] and sum(self.ranks[other] for other in blocks[-1]) + self.ranks[row] > most:
+                blocks.append([])
+            blocks[-1].append(row)
+        return blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """An orthonormal basis for each component.
+
+    Attributes:
+        layout: Which columns are whose.
+        basis: All bases, side by side.
+    """
+
+    layout: Layout
+    basis: Float[Tensor, "d_rep coordinate"]
+
+    @classmethod
+    def of(cls, bases: Sequence[Tensor], dtype: torch.dtype) -> "Spans":
+        """Spans of separate bases."""
+        layout = Layout(tuple(basis.shape[1] for basis in bases))
+        return cls(layout, torch.cat([bases[row] for row in layout.order], 1).to(dtype))
+
+    def project(self, values: Float[Tensor, "component batch d_rep"]) -> Float[Tensor, "batch coordinate"]:
+        """Each component's coordinates in its own span, all of them side by side."""
+        basis = self.basis.to(values)
+        found = values.new_empty(values.shape[1], self.layout.width)
+        for vectors, columns in zip(values, self.layout.slices, strict=True):
+            found[:, columns] = vectors @ basis[:, columns]
+        return found
+
+
+def spans_of(
+    source: AlignmentSource,
+    held_out: Bool[Tensor, "image"],
+    *,
+    tolerance: float,
+    max_rank: int | None,
+    max_bytes: int,
+) -> Spans:
+    """The spans of all components, over the first images that are not held out.
+
+    They are taken from 8 images a dimension, and 1,024 at least; a report tells what later images have outside. Where
+    moments of all components at once would need more than ``max_bytes``, these images are read once for each group of
+    components that fits.
+
+    Raises:
+        InputError: Where images cannot be used, all targets are the same, or no component writes anything.
+    """
+    bases: list[Tensor] = []
+    dtype, group = torch.float32, 0
+    while len(bases) < len(source.components):
+        moments: Moments | None = None
+        for first, values, targets in checked(source):
+            if moments is None:
+                group = max(1, max_bytes // (8 * values.shape[2] ** 2))
+                rows = slice(len(bases), min(len(bases) + group, len(source.components)))
+                moments, dtype = Moments(rows.stop - rows.start, values.shape[2], values.device), values.dtype
+                start, differ = targets[:1], False
+                enough = max(_LEAST_IMAGES, _IMAGES_PER_DIMENSION * values.shape[2])
+                chosen = ~held_out & ((~held_out).cumsum(0) <= enough)
+            differ = differ or bool((targets != start).any())
+            moments.add(values[rows], chosen[first : first + len(targets)].to(values.device))
+            if differ and moments.count == int(chosen.sum()):
+                break
+        if moments is None or not differ:
+            raise InputError("Expected targets that differ from image to image; they are all the same.")
+        rounding = torch.finfo(dtype).eps
+        bases += moments.bases(rounding=rounding, tolerance=tolerance, max_rank=max_rank)
+    spans = Spans.of(bases, dtype)
+    if not spans.layout.width:
+        raise InputError("Expected contributions to align; all of them are zero.")
+    return spans
+
+
+class JointMoments:
+    """Second moments of coordinates, and their products with targets, summed over whatever is added.
+
+    Args:
+        width: How many coordinates.
+        targets: How many columns the targets have.
+        shift: About what the mean of the coordinates is: it is taken off before products are made, and put back, so
+            that products in float32 do not lose what varies beside what does not.
+    """
+
+    def __init__(self, width: int, targets: int, shift: Float[Tensor, "coordinate"]) -> None:
+        self.count = 0
+        self.shift = shift
+        self._offset = shift.new_zeros(width, dtype=torch.float64)
+        self._products = shift.new_zeros(width, width, dtype=torch.float64)
+        self._cross = shift.new_zeros(width, targets, dtype=torch.float64)
+        self._sums = shift.new_zeros(targets, dtype=torch.float64)
+
+    def add(self, rows: Float[Tensor, "batch coordinate"], targets: Float[Tensor, "batch target"]) -> None:
+        """Add images."""
+        centred = rows - self.shift.to(rows)
+        self.count += len(rows)
+        self._offset += centred.sum(0, dtype=torch.float64)
+        self._products += centred.T @ centred
+        self._cross += centred.T @ targets
+        self._sums += targets.sum(0, dtype=torch.float64)
+
+    def merge(self, other: "JointMoments") -> None:
+        """Add what another has summed, with the same shift.
+
+        Raises:
+            InputError: Where the shifts differ.
+        """
+        if not torch.equal(self.shift, other.shift):
+            raise InputError("Expected moments with the same shift to merge; these have different ones.")
+        self.count += other.count
+        for mine, theirs in zip(self._tables(), other._tables(), strict=True):
+            mine += theirs
+
+    def _tables(self) -> Iterable[Tensor]:
+        return self._offset, self._products, self._cross, self._sums
+
+    def finished(self) -> tuple[Float[Tensor, "coordinate coordinate"], Float[Tensor, "coordinate target"]]:
+        """Means over images of coordinate × coordinate and of coordinate × target, in the memory of the sums."""
+        shift = self.shift.double()
+        self._products.addr_(self._offset, shift).addr_(shift, self._offset).addr_(shift, shift, alpha=self.count)
+        self._cross.addr_(shift, self._sums)
+        return self._products.div_(self.count), self._cross.div_(self.count)
