@@ -5,34 +5,42 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
+import accelerate
 import datasets
-import psutil
 import pytest
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from tiny_models import perturb
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import FakeData, ImageFolder
 
-from vitdecomp_lens import HookedViT, decompose, storage
+from vitdecomp_lens import HookedViT, decompose
 from vitdecomp_lens.clip.sources import AlignmentSource
 from vitdecomp_lens.clip.text_embedding import space_of
 from vitdecomp_lens.collect import Gather, ImageSource, Store, collect, images_from
 from vitdecomp_lens.collecting.gathered import Gathered
-from vitdecomp_lens.collecting.pictures import Preprocessor
+from vitdecomp_lens.collecting.models import weights_hash
+from vitdecomp_lens.collecting.pictures import Preprocessor, content_hash
+from vitdecomp_lens.collecting.reading import Reader
+from vitdecomp_lens.collecting.sources import IN_A_ROW, spread
 from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError
 from vitdecomp_lens.testbed.models import build, normalised
 from vitdecomp_lens.testbed.scenes import Scenes
 
-KILLS, SCENES, BATCH = 3, 300, 8
+BATCH = 8
 PREPROCESS = {"input_size": (3, 48, 48), "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0}
 
 
@@ -93,7 +101,7 @@ def test_a_store_holds_what_decompose_and_the_clip_give(model, clip, tmp_path):
     for first, (values, targets) in zip(range(0, 21, 8), store.chunks(), strict=True):
         parts = decompose(model, images[first : first + 8])
         assert parts.components == store.components
-        assert parts.metadata == store.metadata
+        assert {**parts.metadata, "weights": weights_hash(model)} == store.metadata
         assert torch.equal(values, parts.values)
         assert torch.equal(targets, clip.encode_image(images[first : first + 8]))
         assert torch.equal(stored.values[:, first : first + 8], parts.values)
@@ -105,6 +113,19 @@ def test_a_store_holds_what_decompose_and_the_clip_give(model, clip, tmp_path):
     assert store.verify() == ()
     assert store.embeddings().shape == (21, 64)
     assert torch.equal(store.representations(), stored.total)
+
+
+def test_two_models_of_one_class_have_stores_that_differ(model, tmp_path):
+    other = tiny()
+    other.original.blocks[0].mlp.fc1.weight += 1
+    one, two = (
+        collect(each, Scenes("test", size=2), tmp_path / name, by="layer")
+        for each, name in ((model, "one"), (other, "two"))
+    )
+    assert one.metadata["model"] == two.metadata["model"]
+    assert one.metadata["weights"] == weights_hash(model)
+    assert two.metadata["weights"] == weights_hash(other) != one.metadata["weights"]
+    assert two.decomposition().metadata == two.metadata
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -158,31 +179,32 @@ def test_a_hook_that_changes_nothing_in_a_batch_has_written_zero(tmp_path):
 # --- ends and new beginnings ----------------------------------------------------------------------------------------
 
 
-PRELOADED = ["datasets", "open_clip", "psutil", "pytest", "timm", "torchvision.datasets", "vitdecomp_lens.collect"]
+PRELOADED = ["accelerate", "datasets", "open_clip", "pytest", "timm", "torchvision.datasets", "vitdecomp_lens.collect"]
 
 
-def _collect_all(model, folder):
+def _collect_all(model, folder, scenes):
     clip = perturb(build("clip")).requires_grad_(False)
     gather = Gather(covariance=True, cross=True, top=3)
     options = {"clip": clip, "batch_size": BATCH, "dtype": torch.float16, "gather": gather, "resume": True}
-    return collect(model, Scenes("test", size=SCENES), folder, **options)
+    return collect(model, Scenes("test", size=scenes), folder, **options)
 
 
-def _collect_until_killed(folder):
+def _collect_until_killed(folder, scenes):
     torch.set_num_threads(1)
-    _collect_all(tiny(), folder)
+    _collect_all(tiny(), folder, scenes)
 
 
-def test_a_run_that_is_killed_three_times_ends_in_the_same_bytes(model, tmp_path):
+@pytest.mark.parametrize(("kills", "scenes"), [(1, 60), pytest.param(3, 300, marks=pytest.mark.sweep)])
+def test_a_run_that_is_killed_ends_in_the_same_bytes(model, tmp_path, kills, scenes):
     """SIGKILL, at moments that a seed draws: after some chunks, somewhere within the next."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(PRELOADED)
     moments, folder = random.Random(7), tmp_path / "killed"
-    chunks = -(-SCENES // BATCH)
-    for number in range(KILLS):
-        process = forks.Process(target=_collect_until_killed, args=(folder,))
+    chunks = -(-scenes // BATCH)
+    for number in range(kills):
+        process = forks.Process(target=_collect_until_killed, args=(folder, scenes))
         process.start()
-        wanted = moments.randrange(chunks * number // 4 + 1, chunks * (number + 1) // 4)
+        wanted = moments.randrange(chunks * number // (kills + 1) + 1, chunks * (number + 1) // (kills + 1))
         deadline = time.monotonic() + 300
         while len(list(folder.glob("chunk-*"))) < wanted and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -192,8 +214,8 @@ def test_a_run_that_is_killed_three_times_ends_in_the_same_bytes(model, tmp_path
         assert process.exitcode == -9
         with pytest.raises(StoreError, match=r"unfinished: \d+ chunks"):
             Store.open(folder)
-    assert _collect_all(model, folder).verify() == ()
-    _collect_all(model, tmp_path / "undisturbed")
+    assert _collect_all(model, folder, scenes).verify() == ()
+    _collect_all(model, tmp_path / "undisturbed", scenes)
     undisturbed = contents(tmp_path / "undisturbed")
     assert contents(folder) == undisturbed
     assert {"manifest.json", "complete.json", "gathered-0000.safetensors"} < set(undisturbed)
@@ -230,23 +252,54 @@ def test_statistics_that_were_lost_are_gathered_again(model, tmp_path):
     assert contents(tmp_path / "store") == before
 
 
-def test_a_full_disk_leaves_a_store_that_can_be_resumed(model, tmp_path, monkeypatch):
-    written, save = [], storage.save_file
+@pytest.mark.parametrize("damage", [break_off, lambda path: path.write_bytes(b"no statistics")])
+def test_damaged_statistics_are_named_and_can_be_gathered_again(model, tmp_path, damage):
+    options = {"batch_size": 4, "gather": Gather(covariance=True), "by": "layer", "resume": True}
+    collect(model, Scenes("test", size=6), tmp_path / "store", **options)
+    before, path = contents(tmp_path / "store"), tmp_path / "store" / "gathered-0000.safetensors"
+    damage(path)
+    with pytest.raises(StoreError, match=r"gathered-0000\.safetensors(.|\n)*Delete it; resume gathers again"):
+        collect(model, Scenes("test", size=6), tmp_path / "store", **options)
+    path.unlink()
+    collect(model, Scenes("test", size=6), tmp_path / "store", **options)
+    assert contents(tmp_path / "store") == before
 
-    def until_full(tensors, path, **options):
-        written.append(path)
-        if len(written) > 3:
-            Path(path).write_bytes(b"the beginning of")
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        save(tensors, path, **options)
 
-    monkeypatch.setattr(storage, "save_file", until_full)
-    with pytest.raises(StoreError, match=r"No space left(.|\n)*can be resumed: 3 chunks are there(.|\n)*resume"):
-        collect(model, Scenes("test", size=20), tmp_path / "store", batch_size=4)
-    assert sorted(contents(tmp_path / "store")) == [*(f"chunk-00000{n}.safetensors" for n in range(3)), "manifest.json"]
-    monkeypatch.undo()
-    collect(model, Scenes("test", size=20), tmp_path / "store", batch_size=4, resume=True)
-    collect(model, Scenes("test", size=20), tmp_path / "undisturbed", batch_size=4)
+@contextmanager
+def room():
+    """Gives a function that sets how many bytes a file may have from there on, as the system holds it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "size", "keep", "gather", "what"),
+    [
+        (3, 1000, None, None, "chunk-000003"),
+        (0, 20_000, [], Gather(covariance=True), "gathered-0000"),
+        (5, 10, None, None, "complete"),
+    ],
+)
+def test_a_full_disk_leaves_a_store_that_can_be_resumed(model, tmp_path, chunks, size, keep, gather, what):
+    options = {"batch_size": 4, "by": "head", "keep": keep, "gather": gather, "readers": 1}
+    done = 0
+    with room() as limit:
+
+        def count(*_):
+            nonlocal done
+            done += 1
+            if done == max(chunks, 1):
+                limit(size)
+
+        with pytest.raises(StoreError, match=rf"{what}(.|\n)*can be resumed: \d chunks are there(.|\n)*resume"):
+            collect(model, Scenes("test", size=20), tmp_path / "store", progress=count, **options)
+    kept = [f"chunk-00000{n}.safetensors" for n in range(max(chunks, 1))]
+    assert sorted(contents(tmp_path / "store")) == [*kept, "manifest.json"]
+    collect(model, Scenes("test", size=20), tmp_path / "store", resume=True, **options)
+    collect(model, Scenes("test", size=20), tmp_path / "undisturbed", **options)
     assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
 
 
@@ -298,6 +351,59 @@ def test_what_is_there_is_not_written_over(model, tmp_path):
         collect(model, Scenes("test", size=2), tmp_path / "store")
     with pytest.raises(StoreError, match="Choose another place"):
         collect(model, Scenes("test", size=2), tmp_path / "notes.txt" / "store")
+
+
+def test_only_what_this_package_left_unfinished_is_tidied_and_only_in_its_store(model, tmp_path):
+    request = {"source": Scenes("test", size=3), "by": "layer", "batch_size": 2}
+    number = "0123456789abcdef" * 2
+    ours = {".tmpA1b2C3", f".chunk-000001.safetensors.{number}.unfinished", f".complete.json.{number}.unfinished"}
+    others = {".tmp", ".tmp_notes", ".tmpA1b2C3d", ".draft.unfinished", f".novel.txt.{number}.unfinished"}
+    place = tmp_path / "place"
+    place.mkdir()
+    for name in ours | others:
+        (place / name).write_text("somebody's")
+    for resume in (False, True):
+        with pytest.raises(StoreError, match="Expected an empty folder"):
+            collect(model, out=place, resume=resume, **request)
+        assert set(contents(place)) == ours | others
+    manifest = tmp_path / "store" / f".manifest.json.{number}.unfinished"
+    manifest.parent.mkdir()
+    manifest.write_text("the beginning of")
+    whole = contents(collect(model, out=tmp_path / "store", **request).path)
+    assert manifest.name not in whole
+    for name in ours | others:
+        (tmp_path / "store" / name).write_text("somebody's")
+    with pytest.raises(StoreError, match="There is a store"):
+        collect(model, out=tmp_path / "store", **request)
+    with pytest.raises(StoreError, match="another request"):
+        collect(model, out=tmp_path / "store", resume=True, **{**request, "batch_size": 3})
+    assert set(contents(tmp_path / "store")) == set(whole) | ours | others
+    collect(model, out=tmp_path / "store", resume=True, **request)
+    assert set(contents(tmp_path / "store")) == set(whole) | others
+
+
+def test_the_threads_of_a_process_are_known_before_the_manifest_and_others_are_waited_for(model, tmp_path, monkeypatch):
+    waits = []
+
+    class State:
+        process_index, num_processes = 0, 1
+
+        def __init__(self, *, cpu, timeout):
+            assert cpu
+            waits.append(timeout)
+            torch.set_num_threads(2)  # as accelerate does
+
+        def wait_for_everyone(self):
+            pass
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerate, "PartialState", State)
+    try:
+        store = collect(model, Scenes("test", size=2), tmp_path / "store", by="layer")
+    finally:
+        torch.set_num_threads(1)
+    assert store.manifest["made_with"]["threads"] == 2
+    assert waits == [timedelta(days=7)]
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
@@ -396,6 +502,87 @@ def test_a_stream_of_unknown_length_gives_the_same_as_a_list(model, tmp_path, si
     (tmp_path / "streamed" / "complete.json").unlink()
     collect(model, Numbers(size), tmp_path / "streamed", batch_size=4, resume=True)
     assert contents(tmp_path / "streamed") == before
+
+
+class Hiccups(torch.utils.data.IterableDataset):
+    """Raises at some places, and goes on."""
+
+    def __init__(self, size, bad):
+        self.size, self.bad = size, bad
+
+    def __iter__(self):
+        return map(self._item, range(self.size))
+
+    def _item(self, number):
+        if number in self.bad:
+            raise OSError("the connection was lost")
+        return Scenes("test")[number].picture
+
+
+@pytest.mark.parametrize("bad", [(2, 3, 5), (0, 4)])
+def test_items_of_a_stream_that_raise_stop_or_are_skipped(model, tmp_path, bad):
+    with pytest.raises(InputError, match=f"image 'item {bad[0]}' cannot be read: OSError: the connection was lost"):
+        collect(model, Hiccups(9, bad), tmp_path / "stopped", batch_size=4, by="layer")
+    store = collect(model, Hiccups(9, bad), tmp_path / "store", batch_size=4, by="layer", unreadable="skip")
+    assert [name for name, _ in store.skipped] == [f"item {number}" for number in bad]
+    good = [content_hash(Scenes("test")[number].picture) for number in range(9) if number not in bad]
+    assert list(store.ids) == good
+    (store.path / "complete.json").unlink()
+    (store.path / "chunk-000001.safetensors").unlink()
+    again = collect(model, Hiccups(9, bad), store.path, batch_size=4, by="layer", unreadable="skip", resume=True)
+    assert list(again.ids) == good
+
+
+class Breaks(Numbers):
+    def __iter__(self):
+        yield from super().__iter__()
+        raise ValueError("no more")
+
+
+@pytest.mark.parametrize("size", [6, 7, 8])
+def test_a_stream_that_breaks_is_never_taken_for_one_that_ends(model, tmp_path, size):
+    message = f"broke at item {size}: ValueError: no more.*resume"
+    with pytest.raises(InputError, match=message):
+        collect(model, Breaks(size), tmp_path / "store", batch_size=4, by="layer", unreadable="skip")
+    with pytest.raises(StoreError, match="unfinished"):
+        Store.open(tmp_path / "store")
+    store = collect(model, Numbers(9), tmp_path / "whole", batch_size=4, by="layer")
+    assert store.count == 9
+    source = images_from(Hiccups(300, range(1, 300)))
+    with pytest.raises(InputError, match="broke at item 1: OSError"):
+        source.read(0, IN_A_ROW + 2)
+    assert len(images_from(Hiccups(300, range(1, 300))).read(0, IN_A_ROW)) == IN_A_ROW
+
+
+def test_data_sets_that_differ_anywhere_among_some_have_other_identities():
+    pictures = [Scenes("test")[number].picture for number in range(5)]
+    for number in range(5):
+        changed = [*pictures[:number], Image.new("RGB", (48, 48), "teal"), *pictures[number + 1 :]]
+        assert images_from(changed).identity != images_from(pictures).identity
+    assert images_from(list(pictures)).identity == images_from(pictures).identity
+    table, columns = rows(5), rows(5).to_dict()
+    columns["picture"][2] = columns["picture"][0]
+    other = datasets.Dataset.from_dict(columns, features=table.features)
+    assert images_from(other).identity != images_from(table).identity == images_from(rows(5)).identity
+    assert len(set(spread(1000))) == 64
+    assert (spread(65)[0], spread(65)[-1], spread(64)) == (0, 64, list(range(64)))
+
+
+def test_items_are_asked_for_one_by_one_and_hashed_at_once_in_their_order(photographs):
+    asked, files = [], sorted(photographs.rglob("*.*"))
+
+    class Lazy(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(files)
+
+        def __getitem__(self, number):
+            asked.append((threading.get_ident(), number))
+            return Image.open(files[number])
+
+    source = images_from(Lazy())
+    asked.clear()
+    assert [sample.id for sample in source.read(2, 99)] == [content_hash(Image.open(path)) for path in files[2:]]
+    assert asked == [(threading.get_ident(), number) for number in range(2, len(files))]
 
 
 def rows(size=9):
@@ -593,7 +780,59 @@ def test_pictures_of_the_models_size_come_out_as_the_transform_makes_them(crop):
         assert torch.equal(mixed, torch.cat([wanted[:1], model.preprocess([other])]))
 
 
+def test_models_that_preprocess_alike_share_one_batch():
+    scenes, other = images_from(Scenes("test", size=4)), tiny()
+    other.original.pretrained_cfg = {**PREPROCESS, "mean": (0.4, 0.5, 0.6)}
+    alike, differs = (Preprocessor(tiny().preprocess), Preprocessor(tiny().preprocess)), Preprocessor(other.preprocess)
+    batch = next(Reader(scenes, 4, (*alike, differs), skip=False, threads=1).batches([0]))
+    assert batch.images[1] is batch.images[0]
+    assert torch.equal(batch.images[0], normalised(Scenes("test").images(range(4))))
+    assert torch.equal(batch.images[2], other.preprocess([scene.picture for scene in Scenes("test").scenes(range(4))]))
+    # Tables tell nothing of how transforms resample.
+    nearest = tiny()
+    nearest.original.pretrained_cfg = {**PREPROCESS, "interpolation": "nearest"}
+    large = images_from([Image.effect_noise((70, 60), 90).convert("RGB")])
+    both = (alike[0], Preprocessor(nearest.preprocess))
+    assert both[1].takes_bytes_like(both[0])
+    batch = next(Reader(large, 4, both, skip=False, threads=1).batches([0]))
+    assert not torch.equal(batch.images[1], batch.images[0])
+
+
+def test_scenes_are_drawn_once(monkeypatch):
+    source, drawn, calls = images_from(Scenes("train", size=9)), Scenes.drawn, []
+    monkeypatch.setattr(Scenes, "drawn", lambda self, rows: calls.append(list(rows)) or drawn(self, rows))
+    samples = source.read(2, 6)
+    assert calls == [[2, 3, 4, 5]]
+    monkeypatch.undo()
+    assert torch.equal(torch.stack([s.image for s in samples]), Scenes("train").images(range(2, 6)))
+    for name in ("shape", "group"):
+        assert [s.labels[name] for s in samples] == Scenes("train").labels(name, range(2, 6)).tolist()
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that is newly made."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.found = {tensor.untyped_storage().data_ptr() for tensor in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in self.known:
+            self.found = max(self.found, made.untyped_storage().nbytes() // 8)
+        return made
+
+
+def test_cross_moments_are_joined_in_place():
+    values, targets = torch.randn(20, 3, 40, dtype=torch.float64), torch.randn(3, 50, dtype=torch.float64)
+    found = Gathered(20, 40, Gather(cross=True), 50)
+    found.add(values, targets, first=0)
+    with Largest([found.scatter]) as largest:
+        found.add(values, targets, first=3)
+    assert 0 < largest.found <= 20 * 3 * 40
 
 
 def test_statistics_are_those_of_the_contributions(model, clip, tmp_path):
@@ -670,15 +909,15 @@ def test_statistics_of_another_kind_do_not_merge():
 
 def _peak_of(scenes, folder, queue):
     torch.set_num_threads(1)
-    clip = build("clip").eval()
-    process, peak = psutil.Process(), 0
-
-    def watch(*_):
-        nonlocal peak
-        peak = max(peak, process.memory_info().rss)
-
-    collect(tiny(), Scenes("test", size=scenes), folder, clip=clip, dtype=torch.float16, progress=watch)
-    queue.put(peak)
+    options = {"clip": build("clip").eval(), "dtype": torch.float16}
+    collect(tiny(), Scenes("test", size=scenes), folder, **options)
+    status = Path("/proc/self/status")
+    kept = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    if kept is not None:  # Linux counts what the parent had before this process was one as ru_maxrss
+        queue.put(int(kept[1]) * 1024)
+        return
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    queue.put(highest if sys.platform == "darwin" else highest * 1024)
 
 
 @pytest.mark.sweep

@@ -1,21 +1,28 @@
 """The commands that work over data sets."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from test_collect import contents
+from safetensors.torch import save_file
+from test_collect import contents, tiny
 from timm.models.vision_transformer import VisionTransformer
 from tiny_models import perturb
 
-from vitdecomp_lens import testbed
+from vitdecomp_lens import HookedViT, testbed, weights
 from vitdecomp_lens.cli import main
 from vitdecomp_lens.clip.alignment import Aligner
+from vitdecomp_lens.collect import collect as collect_into
+from vitdecomp_lens.commands import align
 from vitdecomp_lens.commands.showing import Pace
 from vitdecomp_lens.store import Store
 from vitdecomp_lens.testbed.models import build
+from vitdecomp_lens.testbed.scenes import Scenes
 
 
 @pytest.fixture
@@ -109,6 +116,50 @@ def test_a_clip_that_is_the_model_is_loaded_once(models, tmp_path):
     assert models == ["clip"]
     store = Store.open(tmp_path / "store")
     assert torch.equal(store.embeddings(), store.representations())
+
+
+def test_a_fit_that_was_ended_goes_on(tmp_path, capsys, monkeypatch):
+    clip = perturb(build("clip")).requires_grad_(False)
+    collect_into(tiny(), Scenes("test", size=40), tmp_path / "store", clip=clip, by="layer")
+    fit = ["align", str(tmp_path / "store"), "--method", "unconstrained", "--epochs", "4", "--out"]
+    assert main([*fit, str(tmp_path / "undisturbed")]) == 0
+    out, told = tmp_path / "aligner", []
+
+    class Ended(Pace):
+        def __call__(self, done, of, before):
+            told.append((done, before))
+            if told.count((2, 0)) and len(told) == told.index((2, 0)) + 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(align, "Pace", Ended)
+    assert main([*fit, str(out)]) == 130
+    assert not out.exists()
+    assert main([*fit, str(out)]) == 2
+    assert told.pop() == (2, 0)
+    told.clear()
+    assert main([*fit, str(out), "--resume"]) == 0
+    assert told == [(3, 2), (4, 2)]  # counted from where it goes on
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "undisturbed", "aligner"}
+    one, two = (Aligner.load(path) for path in (out, tmp_path / "undisturbed"))
+    assert torch.equal(one.weights, two.weights)
+
+
+@pytest.mark.sweep
+def test_several_processes_make_the_store_that_one_makes(tmp_path):
+    """With torchrun, because `accelerate launch` starts several on CPUs under MPI only."""
+    model = weights.create_timm("test_vit", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vitdecomp_lens"]
+    asked = ["collect", "testbed:test:20", "--model", "test_vit", "--num-classes", "3", "--batch-size", "4"]
+    asked += ["--weights", str(tmp_path / "weights.safetensors"), "--device", "cpu", "--by", "layer", "--top", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, *asked, "--out", str(tmp_path / "two")]
+    subprocess.run(command, env=environment, check=True, timeout=600, cwd=tmp_path)
+    one = collect_into(HookedViT(model), Scenes("test", size=20), tmp_path / "one", batch_size=4, by="layer")
+    two = Store.open(tmp_path / "two")
+    assert one.ids == two.ids
+    torch.testing.assert_close(one.decomposition().values, two.decomposition().values, rtol=0, atol=1e-6)
+    assert len(list((tmp_path / "two").glob("gathered-*"))) == 2
 
 
 def test_an_aligner_needs_a_store(tmp_path, capsys):

@@ -6,7 +6,7 @@ import torch
 
 from vitdecomp_lens.clip.coordinates import Coordinates
 from vitdecomp_lens.clip.moments import JointMoments, Layout, Moments, Spans, spans_of
-from vitdecomp_lens.clip.sources import Paired, held_out_mask
+from vitdecomp_lens.clip.sources import Paired, Summed, held_out_mask, some_of
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.testbed.planted import planted_maps
@@ -135,7 +135,7 @@ def source(*, images=120, dtype=torch.float64):
 
 def test_spans_are_the_same_group_by_group():
     mask = held_out_mask(120, 0.1, 0)
-    options = {"tolerance": 1e-3, "max_rank": None}
+    options = {"tolerance": 1e-3, "max_rank": None, "seed": 0}
     at_once = spans_of(source(), mask, max_bytes=1 << 20, **options)
     by_groups = spans_of(source(), mask, max_bytes=2 * 8 * 10**2, **options)
     assert at_once.layout == by_groups.layout
@@ -148,41 +148,105 @@ def test_what_is_held_out_has_no_part_in_spans():
     values[0, 3, 1] = 10.0
     parts = Decomposition(values, ("L0H0",), values[0])
     mask = held_out_mask(20, [3], 0)
-    spans = spans_of(Paired(parts, drawn(20, 2)), mask, tolerance=1e-3, max_rank=None, max_bytes=1 << 20)
+    spans = spans_of(Paired(parts, drawn(20, 2)), mask, tolerance=1e-3, max_rank=None, max_bytes=1 << 20, seed=0)
     assert spans.layout.ranks == (1,)
 
 
-def test_spans_are_read_off_the_first_images_whatever_the_chunks():
-    values = torch.zeros(1, 3000, 4, dtype=torch.float64)
-    values[0, :, 0] = drawn(3000)
-    values[0, 1100, 1] = 10.0  # one of the first 1,024 that are fitted, or not
-    targets = drawn(3000, 2)
+class Chunks(Paired):
+    """Chunks of a size of its own; how many were read is counted."""
 
-    class Chunks(Paired):
-        size, read = 3000, 0
+    size, read = 3000, 0
 
-        def chunks(self):
-            for start in range(0, 3000, self.size):
-                type(self).read += 1
-                yield self.parts.values[:, start : start + self.size], self.targets[start : start + self.size]
+    def chunks(self):
+        for start in range(0, self.count, self.size):
+            type(self).read += 1
+            yield self.parts.values[:, start : start + self.size], self.targets[start : start + self.size]
 
-    for fewer, rank in ((200, 2), (50, 1)):
-        mask = torch.zeros(3000, dtype=torch.bool)
-        mask[:fewer] = True
-        for size in (3000, 700, 64):
-            Chunks.size, Chunks.read = size, 0
-            source = Chunks(Decomposition(values, ("L0H0",), values[0]), targets)
-            found = spans_of(source, mask, tolerance=1e-3, max_rank=None, max_bytes=1 << 20)
-            assert found.layout.ranks == (rank,)
-            assert Chunks.read == -(-(1024 + fewer) // size)
+
+def sorted_by_class(images=3000):
+    """Contributions that lie in other directions from the middle on."""
+    values = torch.zeros(1, images, 6, dtype=torch.float64)
+    values[0, : images // 2, :2] = drawn(images // 2, 2)
+    values[0, images // 2 :, 2:4] = 3 + drawn(images - images // 2, 2, seed=1)
+    return Decomposition(values, ("L0H0",), values[0])
+
+
+@pytest.mark.parametrize("size", [3000, 700, 64])
+def test_spans_do_not_depend_on_the_order_of_classes(size):
+    source = Chunks(sorted_by_class(), drawn(3000, 2))
+    mask = held_out_mask(3000, 0.1, 0)
+    Chunks.size, Chunks.read = size, 0
+    found = spans_of(source, mask, tolerance=1e-3, max_rank=None, max_bytes=1 << 20, seed=2)
+    assert found.layout.ranks == (4,)
+    assert not found.basis[4:].any()
+    chosen = some_of(~mask, 1024, 2)
+    assert int(chosen.sum()) == 1024
+    assert not bool((chosen & mask).any())
+    assert Chunks.read == -(-(int(torch.nonzero(chosen).max()) + 1) // size)  # none behind the last that is chosen
+
+
+def test_what_sees_only_some_images_sees_some_of_each_class():
+    values = torch.zeros(1, 9000, 3, dtype=torch.float32)
+    values[0] = drawn(9000, 3, dtype=torch.float32)
+    values[0, 4500:] *= 10
+    targets = drawn(9000, 2, seed=1, dtype=torch.float32)
+    targets[4500:] *= 3
+    source = Paired(Decomposition(values, ("L0H0",), values[0]), targets)
+    mask = held_out_mask(9000, 0.1, 0)
+    spans = spans_of(source, mask, tolerance=1e-3, max_rank=None, max_bytes=1 << 20, seed=0)
+    for max_bytes in (1 << 30, 30_000):
+        found = Coordinates(source, spans, mask, max_bytes=max_bytes, seed=0)
+        assert found.unit == pytest.approx(float(values.square().sum(2).mean().sqrt()), rel=0.05)
+        assert found.mean_norm == pytest.approx(float(targets.norm(dim=1).mean()), rel=0.05)
+        assert len(found.sample) == 4096
+        fitted = torch.cat([table.units for table in found.windows()])
+        torch.testing.assert_close(fitted, targets[~mask] / targets[~mask].norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("method", ["each", "summed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_rounding_adds_to_half_precision_is_no_direction(dtype, method):
+    planted = planted_maps(images=1500, d_rep=24, d_clip=16, components=3, d_head=5, dtype=torch.float64)
+    values = planted.parts.values
+    if method == "summed":
+        values = values[:1]
+    values = values + 10 * planted.spans[: len(values), None, :, 0]  # what is rounded is large beside what varies
+    source = Paired(Decomposition(values.to(dtype), planted.components[: len(values)], None), planted.targets.to(dtype))
+    mask = held_out_mask(1500, 0.1, 0)
+    read = Summed(source) if method == "summed" else source
+    spans = spans_of(read, mask, tolerance=1e-3, max_rank=None, max_bytes=1 << 20, seed=0)
+    assert spans.layout.ranks == (5,) * len(values)
+    assert spans.basis.dtype == torch.float32
+    precision = torch.finfo(dtype).eps
+    for columns, span in zip(spans.layout.slices, planted.spans, strict=False):
+        found = spans.basis[:, columns].double()
+        assert float((found @ found.T - span @ span.T).norm()) < 10 * precision
+
+
+def test_images_in_another_order_are_others():
+    parts, targets = source().parts, source().targets
+    mask = held_out_mask(120, 0.2, 0)
+    spans = spans_of(source(), mask, tolerance=1e-3, max_rank=None, max_bytes=1 << 20, seed=0)
+
+    def digest(order):
+        moved = Paired(parts.images(order), targets[order])
+        return Coordinates(moved, spans, mask, max_bytes=1 << 20, seed=0).digest
+
+    as_it_is = list(range(120))
+    swapped = list(as_it_is)
+    one, other = torch.nonzero(~mask)[:2, 0].tolist()
+    swapped[one], swapped[other] = other, one
+    assert digest(as_it_is) == digest(as_it_is)
+    same = [np.isclose(a, b, rtol=1e-5, atol=0) for a, b in zip(digest(as_it_is), digest(swapped), strict=True)]
+    assert same == [True, True, False, False]
 
 
 @pytest.mark.parametrize("window", [1, 17, 50])
 def test_windows_hold_all_fitted_images_in_order_whether_kept_or_read_again(window):
     mask = held_out_mask(120, 0.2, 3)
-    spans = spans_of(source(), mask, tolerance=1e-3, max_rank=None, max_bytes=1 << 20)
-    kept = Coordinates(source(), spans, mask, max_bytes=1 << 20)
-    again = Coordinates(source(), spans, mask, max_bytes=window * 8 * (16 + 8))
+    spans = spans_of(source(), mask, tolerance=1e-3, max_rank=None, max_bytes=1 << 20, seed=0)
+    kept = Coordinates(source(), spans, mask, max_bytes=1 << 20, seed=0)
+    again = Coordinates(source(), spans, mask, max_bytes=window * 8 * (16 + 8), seed=0)
     assert again.unit == kept.unit
     assert kept.kept
     assert not again.kept

@@ -63,7 +63,7 @@ def test_scenes_stay_what_they_are_from_one_version_to_the_next():
     assert hashlib.sha256(drawn.numpy().tobytes()).hexdigest()[:16] == PINNED
 
 
-PINNED = "2b454729f2647063"
+PINNED = "42984025a4476ccf"
 
 
 def test_objects_lie_where_their_attributes_say():
@@ -71,8 +71,8 @@ def test_objects_lie_where_their_attributes_say():
     for scene in Scenes("test", seed=1, size=300).scenes(range(300)):
         mask = scene.masks["object"].double()
         centre = torch.stack([(mask.sum(0) * line).sum(), (mask.sum(1) * line).sum()]) / mask.sum()
-        off = {name: (centre - torch.tensor(place)).norm() for name, place in POSITIONS.items()}
-        assert min(off, key=off.get) == scene.attributes["position"]
+        # Places are 10 pixels apart or more; a large object at the border is cut off, so that its middle moves.
+        assert (centre - torch.tensor(POSITIONS[scene.attributes["position"]])).norm() < 6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -120,6 +120,17 @@ def test_masks_do_not_overlap_and_show_what_there_is():
             assert ("second" in scene.masks) == ("second shape" in scene.attributes)
 
 
+def test_scenes_are_read_with_all_their_numbers_at_once():
+    scenes = Scenes("train", seed=2, size=40)
+    images, numbers = scenes.read(range(5, 25))
+    assert torch.equal(images, scenes.images(range(5, 25)))
+    for attribute in (*ATTRIBUTES, "group"):
+        assert torch.equal(numbers[attribute], scenes.labels(attribute, range(5, 25)))
+    for place, scene in enumerate(scenes.scenes(range(5, 25))):
+        assert (int(numbers["word"][place]) >= 0) == ("word" in scene.attributes)
+        assert (int(numbers["second shape"][place]) >= 0) == ("second shape" in scene.attributes)
+
+
 # --- splits -----------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +159,7 @@ def test_typographic_scenes_are_those_of_the_test_with_another_shapes_name():
 def test_words_in_the_training_name_the_own_shape_in_four_of_five_scenes():
     drawn = Scenes("train", size=8000).drawn(range(8000))
     there = drawn.word >= 0
-    assert abs(float(there.double().mean()) - 0.4) < 0.03
+    assert abs(float(there.double().mean()) - 0.5) < 0.03
     own = drawn.word[there] == drawn.first["shape"][there]
     assert abs(float(own.double().mean()) - 0.8) < 0.03
 

@@ -15,6 +15,18 @@ from vitdecomp_lens.testbed.vocabulary import tokenize
 SHORT = Recipe(6, batch=8)
 
 
+def batch_of(images, *, tokens=None, masks=None):
+    """A batch for a task, with random numbers of a seed."""
+    count = len(images)
+    return tasks.Batch(
+        images,
+        torch.ones(count, 48, 48, dtype=torch.bool) if masks is None else masks,
+        torch.zeros(count, 6, dtype=torch.int64),
+        tokenize(["a"] * count) if tokens is None else tokens,
+        torch.Generator().manual_seed(0),
+    )
+
+
 class KilledError(Exception):
     """A run that ends in the middle."""
 
@@ -89,7 +101,7 @@ def test_equal_captions_are_no_negatives():
     model = build("clip")
     images = Scenes("test").images(range(4))
     tokens = tokenize(["a red star", "a red star", "a blue ring", "a blue ring"])
-    batch = tasks.Batch(images, torch.zeros(4, 6, dtype=torch.int64), tokens, torch.Generator(), 0.0)
+    batch = batch_of(images, tokens=tokens)
     image, text, scale = model(normalised(images), tokens)[:3]
     logits = scale * image @ text.T
     kept = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
@@ -99,14 +111,27 @@ def test_equal_captions_are_no_negatives():
     torch.testing.assert_close(tasks.Captioning().loss(model, batch), expected)
 
 
-def test_a_teacher_is_a_running_mean_of_its_student():
-    model = build("dino")
-    task = tasks.Agreeing(model)
-    before = task.teacher.norm.weight.clone()
-    nn.init.constant_(model.norm.weight, 3.0)
-    batch = tasks.Batch(
-        Scenes("test").images(range(2)), torch.zeros(2, 6).long(), tokenize(["a"] * 2), torch.Generator(), 0.0
+def test_two_views_of_an_image_find_each_other():
+    model, images = build("dino"), Scenes("train").images(range(6))
+    task, masks = tasks.Telling(model), torch.rand(6, 48, 48) < 0.3
+    loss = task.loss(model, batch_of(images, masks=masks))
+    batch = batch_of(images, masks=masks)  # with the same random numbers
+    views = [tasks.augmented(task._elsewhere(batch), task.PART, batch.random) for _ in range(2)]
+    one, other = (nn.functional.normalize(task.head(model(view)), dim=-1) for view in views)
+    losses = []
+    for mine, theirs in ((one, other), (other, one)):
+        for n in range(6):
+            found = torch.cat([mine[:n] @ mine[n], mine[n + 1 :] @ mine[n], theirs @ mine[n]]) / task.TEMPERATURE
+            losses.append(found.logsumexp(0) - mine[n] @ theirs[n] / task.TEMPERATURE)
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+
+def test_views_keep_the_object_and_change_all_else():
+    model, scenes = build("dino"), Scenes("test", size=20).scenes(range(20))
+    images, masks = (
+        torch.stack(values) for values in zip(*((s.image, s.masks["object"]) for s in scenes), strict=True)
     )
-    task.after_step(model, batch)
-    torch.testing.assert_close(task.teacher.norm.weight, 0.99 * before + 0.01 * model.norm.weight)
-    assert all(not parameter.requires_grad for parameter in task.teacher.parameters())
+    moved = tasks.Telling(model)._elsewhere(batch_of(images, masks=masks))
+    same = (moved == normalised(images)).all(1)
+    assert bool(same[masks].all())
+    assert float(same[~masks].double().mean()) < 0.05

@@ -119,9 +119,9 @@ def collect(
         "unreadable": unreadable,
         "gather": None if gather is None else gather.as_json(),
     }
+    processes = Processes(cut.values.device)  # before the manifest, because it may change the number of threads
     files = StoreFiles(Path(out), _manifest(asked, cut, images))
     statistics = None if gather is None else _statistics(gather, cut, eye, preprocessors[-1])
-    processes = Processes(cut.values.device)
     _begin(files, processes, resume)
     reader = Reader(images, batch_size, tuple(preprocessors), unreadable == "skip", readers or _readers())
     part = None if statistics is None else Part(files.folder, processes.rank, files.key, statistics)
@@ -227,13 +227,17 @@ def _begin(files: StoreFiles, processes: Processes, resume: bool) -> None:
             f"The store at {str(files.folder)!r} is of another request: {'; '.join(differ[:5])}. Ask for the same "
             f"(threads: torch.set_num_threads, or OMP_NUM_THREADS), or choose another place."
         )
+    if processes.rank == 0:  # not before it is known to be this very store
+        files.tidy()
+    processes.wait()  # or what others begin to write would be tidied
 
 
 def _make(files: StoreFiles, resume: bool) -> None:
     folder, manifest = files.folder, files.folder / MANIFEST
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files.tidy()
+        if not manifest.is_file():
+            files.tidy_manifest()
         others = next(iter(folder.iterdir()), None)
     except OSError as error:
         raise StoreError(
@@ -245,7 +249,8 @@ def _make(files: StoreFiles, resume: bool) -> None:
         return
     if others is not None:
         raise StoreError(f"Expected an empty folder for a new store; {str(folder)!r} holds {others.name!r}.")
-    write_json(manifest, files.manifest)
+    with files.resumable():
+        write_json(manifest, files.manifest)
 
 
 def _differences(stored: Any, asked: Any, where: str = "") -> Iterator[str]:

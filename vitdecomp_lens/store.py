@@ -65,6 +65,8 @@ class Store:
             self.skipped = tuple((name, reason) for name, reason in complete["skipped"])
             cut = self.manifest["cut"]
             self._cut = storage.unpack(cut)
+            # The class alone would not tell a model from another of its kind.
+            self._cut["metadata"] = {**self._cut["metadata"], "weights": self.manifest["asked"]["model"]}
             self.components: tuple[Component, ...] = storage.unpack_components(cut["components"])
         there = set(self._files.numbers())
         for number in range(len(self._sizes)):
@@ -80,7 +82,7 @@ class Store:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Of which model and cut, as a decomposition's metadata say it."""
+        """Of which model and cut, as a decomposition's metadata say it; ``"weights"`` is a hash of the model's."""
         found: Mapping[str, Any] = self._cut["metadata"]
         return found
 

@@ -29,7 +29,7 @@ from vitdecomp_lens.selecting import Components, as_components, summary
 
 __all__ = ["Aligner", "AlignmentReport", "AlignmentSource", "FitProgress"]
 
-_OF_A_MODEL = ("model", "by", "of")
+_OF_A_MODEL = ("model", "weights", "by", "of")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +46,8 @@ class Aligner:
         bias: What is added once to the sum of mapped components.
         space: Which space the maps lead to, as the text bank that it is read with has it.
         metadata: Of which model and cut, and under ``"alignment"`` how the maps were fitted.
-        fit_report: What was found on the images held out.
+        fit_report: What was found on the images held out, which chose the start and when to stop: a little too good.
+            For an unbiased figure, use `report` on images that had no part in the fit.
 
     Example:
         >>> from vitdecomp_lens.testbed.planted import planted_maps
@@ -154,6 +155,9 @@ class Aligner:
         ``max_bytes``, and read again for every pass where they do not), and once for the report. The same source, seed
         and machine give the same maps, bit for bit; how the source is cut into chunks changes no more than rounding.
 
+        Images that are kept are seen in a new random order in every epoch. Images that are read again are shuffled only
+        among those that fit into ``max_bytes`` together: a source sorted by class should then be shuffled once.
+
         Args:
             source: Where from.
             method: ``"compalign"``: isometries on the components' spans by a penalty, as Theorem 1 asks for;
@@ -162,18 +166,18 @@ class Aligner:
                 for all components. Where a span has more than d_clip dimensions, no isometry exists, and isometry is
                 asked of the transpose (a co-isometry); the report names these components.
             penalty: The weight of the penalty: of the mean over components of ‖WWᵀ − I‖² / r. (1 is the paper's.)
-            held_out: Which images are kept for choosing and for the report: a fraction, drawn by the seed (at most
-                5,000 images), their numbers, or a mask.
+            held_out: Which images choose start and end of the fit, and make its report: a fraction, drawn by the seed
+                (at most 5,000 images), their numbers, or a mask.
             epochs: How often all images are seen at most; 0 keeps the closed form.
             batch_size: How many images a step takes.
-            learning_rate: Adam's, to begin with; lowered whenever images held out do not gain.
+            learning_rate: Adam's, to begin with, at most 1; lowered whenever images held out do not gain.
             patience: After how many epochs in a row without a gain to end.
             rank_tolerance: A direction belongs to a component's span where the standard deviation along it is more
                 than this share of the largest.
             max_rank: How many dimensions a span has at most: those of most variance.
-            max_bytes: The largest table to keep: images in coordinates, or their moments (with a factor of these);
-                beyond it, images are read again, and components fitted in blocks.
-            seed: Which images are held out, and the order of the others.
+            max_bytes: The largest table to keep, of each of two: images in coordinates, and their moments with what it
+                takes to solve for maps. Beyond it, images are read again, and components fitted in blocks.
+            seed: Which images are held out, which show the spans, and the order of the others.
             checkpoint: A file to write after each epoch and, where it exists, to go on from.
             progress: Called with the start and after each epoch.
 
@@ -207,7 +211,7 @@ class Aligner:
 
     def _with_report(self, source: AlignmentSource, held_out: Tensor) -> "Aligner":
         tally = self._tally()
-        for first, values, targets in checked(source):
+        for first, values, targets, _ in checked(source):
             here = held_out[first : first + len(targets)]
             if bool(here.any()):
                 tally.add(images_of(values, here), targets[here.to(targets.device)])
@@ -244,8 +248,8 @@ class Aligner:
             raise InputError(f"Expected targets of width d_clip={len(self.bias)}; got {targets.shape[1]}.")
         order = [parts.labels.index(component.label) for component in self.components]
         tally = self._tally()
-        for _, values, wanted in checked(source):
-            tally.add(values[order], wanted)
+        for piece in checked(source):
+            tally.add(piece.values[order], piece.targets)
         return tally.report([c.label for c in self.components], tolerance=tolerance, seed=seed)
 
     def refuse_other(self, parts: Decomposition | None = None, *, space: str | None = None) -> None:

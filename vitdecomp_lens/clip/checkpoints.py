@@ -81,9 +81,9 @@ class State:
         """The best objective so far."""
         return min(distance + penalty for distance, penalty in self.history)
 
-    def finished(self, schedule: Schedule) -> bool:
-        """Whether nothing is left to do."""
-        return self.epoch >= schedule.epochs or self.stale >= schedule.patience or self.least < _NOTHING
+    def finished(self, schedule: Schedule, least: float) -> bool:
+        """Whether nothing is left to do; ``least`` is what no maps have an objective below."""
+        return self.epoch >= schedule.epochs or self.stale >= schedule.patience or self.least - least < _NOTHING
 
     def to(self, device: torch.device) -> "State":
         """The same on another device."""

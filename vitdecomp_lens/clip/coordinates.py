@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitdecomp_lens.clip.moments import Spans
-from vitdecomp_lens.clip.sources import AlignmentSource, checked
+from vitdecomp_lens.clip.sources import AlignmentSource, checked, some_of
 
 _SAMPLE = 4096
 
@@ -56,11 +56,6 @@ class Table:
         self.rows[:, -1] = unit
         return self
 
-    def first(self, count: int) -> "Table":
-        """The first images only."""
-        count = min(count, self.filled)
-        return Table(self.rows[:count], self.units[:count], self.norms[:count], count)
-
 
 class Coordinates:
     """The images that are fitted, window by window, and those that are held out.
@@ -72,33 +67,38 @@ class Coordinates:
     Attributes:
         spans: In whose coordinates.
         held: The images held out.
-        sample: Some that are not, for what needs only a few.
+        sample: Some that are not, drawn by the seed, for what needs only a few.
         unit: The number in the column for the bias: the size of a typical component, so that a map of that column is
             as large as other maps.
     """
 
     def __init__(
-        self, source: AlignmentSource, spans: Spans, held_out: Bool[Tensor, "image"], *, max_bytes: int
+        self, source: AlignmentSource, spans: Spans, held_out: Bool[Tensor, "image"], *, max_bytes: int, seed: int
     ) -> None:
         self.spans, self._source, self._mask, self._max_bytes = spans, source, held_out, max_bytes
         self.fitted = int((~held_out).sum())
-        self._kept: Table | None = None
-        held: Table | None = None
-        for first, values, targets in checked(source):
-            if held is None:
-                held = self._room(int(held_out.sum()), targets)
-                self._window = min(self.fitted, max(1, max_bytes // (held.rows[0].nbytes + held.units[0].nbytes)))
-                kept = self._room(self._window if self.kept else min(_SAMPLE, self.fitted), targets)
-            rows, chosen = spans.project(values), self._mask[first : first + len(targets)].to(values.device)
-            held.fill(rows[chosen], targets[chosen])
-            if len(kept) < len(kept.units):
-                kept.fill(rows[~chosen], targets[~chosen])
-        assert held is not None  # a source without images has been refused
-        self.unit = self._typical(kept)
-        self.held, kept = held.scaled(self.unit), kept.scaled(self.unit)
-        self._kept = kept if self.kept else None
-        self.sample = kept.first(_SAMPLE)
+        tables: list[tuple[Bool[Tensor, "image"], Table]] = []
+        for first, values, targets, _ in checked(source):
+            if not tables:
+                tables = self._tables(targets, some_of(~held_out, _SAMPLE, seed))
+            rows = spans.project(values)
+            for mask, table in tables:
+                here = mask[first : first + len(targets)].to(values.device)
+                table.fill(rows[here], targets[here])
+        self.unit = self._typical(tables[1][1])  # a source without images has been refused
+        self.held, self.sample, *kept = (table.scaled(self.unit) for _, table in tables)
+        # Where the sample is all of the images, it is what is kept.
+        self._kept = (kept or [self.sample])[0] if self.kept else None
         self.mean_norm = float(self.sample.norms.mean())
+
+    def _tables(self, targets: Tensor, sample: Tensor) -> list[tuple[Tensor, Table]]:
+        """Room for the images held out, for a sample, and for all others where these are more and can be kept."""
+        held = self._room(int(self._mask.sum()), targets)
+        self._window = min(self.fitted, max(1, self._max_bytes // (held.rows[0].nbytes + held.units[0].nbytes)))
+        tables = [(self._mask, held), (sample, self._room(int(sample.sum()), targets))]
+        if self.kept and int(sample.sum()) < self.fitted:
+            tables.append((~self._mask, self._room(self.fitted, targets)))
+        return tables
 
     @property
     def kept(self) -> bool:
@@ -115,7 +115,7 @@ class Coordinates:
         return Table.empty(count, self.spans.layout.width, targets)
 
     def _typical(self, table: Table) -> float:
-        rows = table.first(_SAMPLE).rows[:, :-1]
+        rows = table.rows[:, :-1]
         return math.sqrt(float(rows.square().sum(1).mean()) / sum(rank > 0 for rank in self.spans.layout.ranks)) or 1.0
 
     def windows(self) -> Iterator[Table]:
@@ -124,7 +124,7 @@ class Coordinates:
             yield self._kept
             return
         left, table = self.fitted, None
-        for first, values, targets in checked(self._source):
+        for first, values, targets, _ in checked(self._source):
             chosen = ~self._mask[first : first + len(targets)].to(values.device)
             rows, targets = self.spans.project(values)[chosen], targets[chosen]
             while len(targets):
@@ -146,8 +146,12 @@ class Coordinates:
 
     @cached_property
     def digest(self) -> list[float]:
-        """A few numbers that tell whether these are the same images."""
+        """A few numbers that tell whether these are the same images, in the same order."""
         tables = (self.held, self.sample)
-        return [
-            float(t.square().mean(dtype=torch.float64)) for table in tables for t in (table.rows, table.units[:, :1])
-        ]
+        return [_weighed(tensor) for table in tables for tensor in (table.rows, table.units[:, :1])]
+
+
+def _weighed(rows: Float[Tensor, "batch column"]) -> float:
+    """The mean square, each row with a weight that its position draws. It is off by rounding where rows are."""
+    weights = torch.rand(len(rows), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return float(weights @ rows.square().mean(1, dtype=torch.float64).cpu())

@@ -27,6 +27,7 @@ from vitdecomp_lens.errors import InputError, near_matches
 MAX_BYTES = 2 << 30
 _ENOUGH = 1e-3  # a smaller relative gain is none
 _LOWER = 0.3  # times the rate, after an epoch that gained nothing
+_LEAST = {"seed": -(2**63), "epochs": 0, "batch_size": 1, "patience": 1, "max_rank": 1, "max_bytes": 1}
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,19 @@ class FitOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"There is no method {self.method!r} of alignment; {near_matches(self.method, METHODS)}")
-        self._expect("penalty", self.penalty, 0)
-        self._expect("epochs", self.epochs, 0)
-        self._expect("rank_tolerance", self.rank_tolerance, 0, 1)
-        for name in ("batch_size", "patience", "max_rank", "max_bytes"):
-            if (value := getattr(self, name)) is not None:
-                self._expect(name, value, 1)
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise InputError(f"Expected learning_rate= above 0; got {self.learning_rate}.")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            whole = isinstance(value, int) and least <= value < 2**63
+            self._expect(whole or value is getattr(FitOptions, name), name, f"a whole number of at least {least}")
+        # So that what is not a number is refused too. No entry of an isometry is above 1, and Adam steps by its rate.
+        rate = self.learning_rate
+        self._expect(rate is None or 0 < rate <= 1, "learning_rate", "above 0 and at most 1")
+        self._expect(0 <= self.penalty <= 1e6, "penalty", "of at least 0 and at most 1e6")
+        self._expect(0 <= self.rank_tolerance < 1, "rank_tolerance", "of at least 0 and below 1")
 
-    @staticmethod
-    def _expect(name: str, value: int | float, least: int, below: int | float = math.inf) -> None:
-        if not least <= value < below:  # so that what is not a number is refused too
-            upper = "" if below == math.inf else f" and below {below}"
-            raise InputError(f"Expected {name}= of at least {least}{upper}; got {value}.")
+    def _expect(self, holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise InputError(f"Expected {name}= {what}; got {getattr(self, name)!r}.")
 
     def schedule(self, fitted: int, d_clip: int) -> Schedule:
         """How long and in which steps to optimise.
@@ -110,7 +110,7 @@ def fitted(
     kept = Checkpoint(checkpoint, _identity(source, options, mask))
     found = kept.read()
     spans = found[1] if found else _spans(summed, mask, options)
-    coordinates = Coordinates(summed, spans, mask, max_bytes=options.max_bytes)
+    coordinates = Coordinates(summed, spans, mask, max_bytes=options.max_bytes, seed=options.seed)
     schedule = options.schedule(coordinates.fitted, coordinates.held.units.shape[1])
     objective = _objective(options, coordinates)
 
@@ -145,7 +145,12 @@ def _identity(source: AlignmentSource, options: FitOptions, mask: Tensor) -> dic
 
 def _spans(source: AlignmentSource, mask: Tensor, options: FitOptions) -> Spans:
     return spans_of(
-        source, mask, tolerance=options.rank_tolerance, max_rank=options.max_rank, max_bytes=options.max_bytes
+        source,
+        mask,
+        tolerance=options.rank_tolerance,
+        max_rank=options.max_rank,
+        max_bytes=options.max_bytes,
+        seed=options.seed,
     )
 
 
@@ -194,13 +199,13 @@ def optimise(
     after_epoch: Callable[[State], None],
 ) -> None:
     """Bring the state to the end of its schedule; ``after_epoch`` is called with it after each epoch."""
-    while not state.finished(schedule):
+    while not state.finished(schedule, objective.least):
         _epoch(state, objective, coordinates, schedule)
         with torch.no_grad():
             entry = _held_out(objective, state.maps, coordinates)
         least, state.epoch = state.least, state.epoch + 1
         state.history.append(entry)
-        gained = sum(entry) < least * (1 - _ENOUGH)
+        gained = sum(entry) < least - _ENOUGH * (least - objective.least)
         if sum(entry) < least:
             state.best = state.maps.clone()
         state.stale = 0 if gained else state.stale + 1

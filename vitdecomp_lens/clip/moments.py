@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitdecomp_lens.clip.sources import AlignmentSource, checked
+from vitdecomp_lens.clip.sources import AlignmentSource, checked, some_of
 from vitdecomp_lens.errors import InputError
 
 RANK_TOLERANCE = 1e-3
 _LEAST_IMAGES, _IMAGES_PER_DIMENSION = 1024, 8  # that show a span
-_ROUNDING = 16  # units in the last place that contributions are taken to be off
+_ROUNDING = 16  # units in the last place that sums of products in at most single precision are taken to be off
 
 
 class Moments:
@@ -82,12 +82,15 @@ class Moments:
         constant spans one dimension; a component that writes nothing spans none.
 
         Args:
-            rounding: The precision of the values, as `torch.finfo` gives it.
+            rounding: The precision of the values, as `torch.finfo` gives it; of those that are half-precision, half's,
+                although their sums were made in more.
             tolerance: From where on a direction counts.
             max_rank: How many directions to keep at most.
         """
+        # What rounding adds to a vector is at most half of this share of its length. Sums are off by more.
+        rounding = max(rounding, _ROUNDING * min(rounding, torch.finfo(torch.float32).eps))
         return [
-            _basis(scatter / max(self.count, 1), mean, _ROUNDING * rounding, tolerance, max_rank)
+            _basis(scatter / max(self.count, 1), mean, rounding, tolerance, max_rank)
             for scatter, mean in zip(self.scatter, self.mean, strict=True)
         ]
 
@@ -190,35 +193,36 @@ def spans_of(
     tolerance: float,
     max_rank: int | None,
     max_bytes: int,
+    seed: int,
 ) -> Spans:
-    """The spans of all components, over the first images that are not held out.
+    """The spans of all components, over images that are not held out.
 
-    They are taken from 8 images a dimension, and 1,024 at least; a report tells what later images have outside. Where
-    moments of all components at once would need more than ``max_bytes``, these images are read once for each group of
-    components that fits.
+    They are taken from 8 images a dimension, and 1,024 at least, drawn by the seed; a report tells what other images
+    have outside. Where moments of all components at once would need more than ``max_bytes``, images are read once for
+    each group of components that fits.
 
     Raises:
         InputError: Where images cannot be used, all targets are the same, or no component writes anything.
     """
     bases: list[Tensor] = []
-    dtype, group = torch.float32, 0
+    dtype, group, rounding = torch.float32, 0, 0.0
     while len(bases) < len(source.components):
         moments: Moments | None = None
-        for first, values, targets in checked(source):
+        for first, values, targets, precision in checked(source):
             if moments is None:
                 group = max(1, max_bytes // (8 * values.shape[2] ** 2))
                 rows = slice(len(bases), min(len(bases) + group, len(source.components)))
                 moments, dtype = Moments(rows.stop - rows.start, values.shape[2], values.device), values.dtype
                 start, differ = targets[:1], False
                 enough = max(_LEAST_IMAGES, _IMAGES_PER_DIMENSION * values.shape[2])
-                chosen = ~held_out & ((~held_out).cumsum(0) <= enough)
+                chosen = some_of(~held_out, enough, seed)
+            rounding = max(rounding, precision)
             differ = differ or bool((targets != start).any())
             moments.add(values[rows], chosen[first : first + len(targets)].to(values.device))
             if differ and moments.count == int(chosen.sum()):
                 break
         if moments is None or not differ:
             raise InputError("Expected targets that differ from image to image; they are all the same.")
-        rounding = torch.finfo(dtype).eps
         bases += moments.bases(rounding=rounding, tolerance=tolerance, max_rank=max_rank)
     spans = Spans.of(bases, dtype)
     if not spans.layout.width:

@@ -61,8 +61,16 @@ class Objective:
                 size = self.d_clip if paper else gram.shape[-1]
                 identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
                 total = total + (gram - identity).square().sum() / size
-        mean = total / len(self.layout.ranks)
-        return mean + max(0, self.d_clip - self.d_rep) / self.d_clip if paper else mean
+        return total / len(self.layout.ranks) + self._unreachable
+
+    @property
+    def least(self) -> float:
+        """What the second term comes to at least: above zero where maps of the paper's kind cannot be isometries."""
+        return self.penalty * self._unreachable
+
+    @property
+    def _unreachable(self) -> float:
+        return max(0, self.d_clip - self.d_rep) / self.d_clip if self.method == "compalign_paper" else 0.0
 
     def _spare(self, rank: int) -> int:
         """How many directions outside of a span can make up for some of the span that are too short."""

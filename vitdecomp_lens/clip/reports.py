@@ -18,7 +18,7 @@ _PAIRS = 20_000
 
 @dataclass(frozen=True, eq=False)
 class AlignmentReport:
-    """Measures of an alignment over some images.
+    """Measures of an alignment over some images; unbiased where these had no part in the fit.
 
     Attributes:
         labels: The components'.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -111,26 +111,46 @@ class Summed:
         return self.source.count
 
     def chunks(self) -> Iterator[Chunk]:
-        """The source's, summed."""
-        for values, targets in self.source.chunks():
-            yield values.sum(0, keepdim=True), targets
+        """The source's, summed in at least float32."""
+        for piece in checked(self):
+            yield piece.values, piece.targets
 
 
-def checked(source: AlignmentSource) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The number of each chunk's first image, its values and its targets, both in at least float32.
+class Piece(NamedTuple):
+    """A chunk that has been checked.
+
+    Attributes:
+        first: The number of its first image.
+        values: In at least float32.
+        targets: In the same.
+        rounding: The precision that the values came in, as `torch.finfo` gives it: of float16, float16's.
+    """
+
+    first: int
+    values: Float[Tensor, "component batch d_rep"]
+    targets: Float[Tensor, "batch d_clip"]
+    rounding: float
+
+
+def checked(source: AlignmentSource) -> Iterator[Piece]:
+    """The chunks of a source, each with the number of its first image.
 
     Raises:
         InputError: Where a chunk does not fit the source, or holds what no map can be fitted to.
     """
+    if isinstance(source, Summed):  # the sum is no more precise than what is summed
+        for piece in checked(source.source):
+            yield piece._replace(values=piece.values.sum(0, keepdim=True))
+        return
     first = 0
     for values, targets in source.chunks():
         _refuse_shapes(source, values, targets)
-        dtype = torch.promote_types(values.dtype, torch.float32)
+        rounding, dtype = torch.finfo(values.dtype).eps, torch.promote_types(values.dtype, torch.float32)
         values, targets = values.detach().to(dtype), targets.detach().to(values.device, dtype)
         _refuse_numbers(values, targets, first)
         if first + len(targets) > source.count:
             _refuse_count(source, first + len(targets))
-        yield first, values, targets
+        yield Piece(first, values, targets, rounding)
         first += len(targets)
     _refuse_count(source, first)
 
@@ -174,6 +194,15 @@ def _refuse_numbers(values: Tensor, targets: Tensor, first: int) -> None:
 def images_of(values: Float[Tensor, "component batch d_rep"], mask: Bool[Tensor, "batch"]) -> Tensor:
     """Some of the images; all of them without a copy."""
     return values if bool(mask.all()) else values[:, mask.to(values.device)]
+
+
+def some_of(mask: Bool[Tensor, "image"], most: int, seed: int) -> Bool[Tensor, "image"]:
+    """As many of the images in a mask, drawn by the seed: those that come first may all be of one class."""
+    numbers = torch.nonzero(mask)[:, 0]
+    drawn = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))[:most]
+    chosen = torch.zeros_like(mask)
+    chosen[numbers[drawn]] = True
+    return chosen
 
 
 def held_out_mask(count: int, held_out: int | float | Sequence[int] | Tensor, seed: int) -> Bool[Tensor, "image"]:

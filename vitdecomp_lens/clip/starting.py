@@ -18,6 +18,7 @@ from vitdecomp_lens.clip.objective import Objective, nearest_isometry, retract, 
 
 RIDGES = (1e-8, 1e-4, 1e-2, 1e-1)
 _SWEEPS = 200
+_MAPS = 8  # of float64, that are at hand at once
 _BLOCK_SWEEPS = 20  # each reads the images once for every block
 _ENOUGH = 1e-3  # a smaller relative gain, or change, ends a search
 _GAIN = 1e-2  # the same for sweeps over the components, after which Adam goes on
@@ -33,13 +34,14 @@ class NormalEquations:
     """Second moments of coordinates, and their products with what maps of the other coordinates leave of the targets.
 
     Attributes:
-        blocks: Which columns are solved for together: all, where a table of their moments and its factor fit into
-            ``max_bytes``. The last column of each is the bias.
+        blocks: Which columns are solved for together: all, where a table of their moments and its factor, or
+            products on their way into it, fit into ``max_bytes`` beside the maps. The last column of each is the bias.
     """
 
     def __init__(self, coordinates: Coordinates, max_bytes: int) -> None:
         self.coordinates, layout = coordinates, coordinates.spans.layout
-        stops = [layout.slices[rows[-1]].stop for rows in layout.blocks(max(1, math.isqrt(max_bytes // 16)))]
+        most = _columns(max_bytes, coordinates.held.units.shape[1])
+        stops = [layout.slices[rows[-1]].stop for rows in layout.blocks(most)]
         device = coordinates.held.rows.device
         self.blocks = [
             torch.tensor([*range(start, stop), layout.width], device=device)
@@ -102,6 +104,16 @@ class NormalEquations:
         return cross / self.coordinates.fitted
 
 
+def _columns(max_bytes: int, d_clip: int) -> int:
+    """How many columns can be solved for at once, the bias not counted; at least one.
+
+    In float64, n columns take two tables of n × n, and of n × d_clip: two of products, what is solved for, and maps
+    before, after and in between.
+    """
+    maps = _MAPS * d_clip
+    return max(1, (math.isqrt(maps**2 + max_bytes) - maps) // 4 - 1)
+
+
 def starts(objective: Objective, coordinates: Coordinates, max_bytes: int) -> Iterator[tuple[str, Maps]]:
     """Maps to choose from, with a name for how they were found.
 
@@ -145,8 +157,8 @@ def least_squares(equations: NormalEquations, ridge: float, *, lengths: Lengths 
     for _ in range(1 if equations.joint else _BLOCK_SWEEPS):
         before = maps.clone()
         for block in equations.blocks:
-            second, cross = equations.of(block, maps, lengths=lengths, scale=1.0)
-            maps[block] = _solved(second, cross, ridge)
+            # Without names, so that one table of moments is gone before there is another.
+            maps[block] = _solved(*equations.of(block, maps, lengths=lengths, scale=1.0), ridge)
         if float((maps - before).norm()) <= _ENOUGH * float(maps.norm()):
             break
     return maps
@@ -155,11 +167,13 @@ def least_squares(equations: NormalEquations, ridge: float, *, lengths: Lengths 
 def _solved(second: Tensor, cross: Tensor, ridge: float) -> Tensor:
     mean = float(second.diagonal().mean())
     while True:
-        factor = second.clone()
+        factor = second.clone().mT  # the same table, but column by column, as it is factored in place
         factor.diagonal().add_(ridge * mean)
-        factor, failed = torch.linalg.cholesky_ex(factor)
+        failed = torch.empty((), dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not int(failed):
-            return torch.cholesky_solve(cross, factor)
+            half = torch.linalg.solve_triangular(factor, cross, upper=False)
+            return torch.linalg.solve_triangular(factor.mT, half, upper=True)
         ridge = max(10 * ridge, 1e-12)  # rounding has made it indefinite
 
 
@@ -191,8 +205,7 @@ def isometries(equations: NormalEquations, objective: Objective, maps: Maps, *, 
         wanted, scale = (maps, 1.0) if own_lengths else (lengths, _scale(equations, maps, lengths))
         after = maps.clone()
         for block in equations.blocks:
-            second, cross = equations.of(block, after, lengths=wanted, scale=scale)
-            _sweep(after, block, second, cross, layout)
+            _sweep(after, block, *equations.of(block, after, lengths=wanted, scale=scale), layout)
         distance = _distance(objective, after, coordinates)
         gained = distance < (1 - _GAIN) * least
         if distance < least:

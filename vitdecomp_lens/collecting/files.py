@@ -6,10 +6,13 @@ Every file has a checksum, carries the manifest's key, and has its name only onc
 import hashlib
 import json
 import os
+import re
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,12 @@ FORMAT, VERSION = "vitdecomp_lens store", 1
 KIND = "chunk of a store"
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
 LABEL = "labels."  # what the names of labels' tensors begin with
+_UNFINISHED_MANIFEST = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f]{{32}}\.unfinished")
+# Ours, and what safetensors calls a file that it has not written to the end.
+_UNFINISHED = re.compile(
+    rf"\.({re.escape(MANIFEST)}|{re.escape(COMPLETE)}|(chunk|gathered)-\d+\.safetensors)\.[0-9a-f]{{32}}\.unfinished"
+    r"|\.tmp[0-9A-Za-z]{6}"
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class StoreFiles:
     folder: Path
     manifest: Mapping[str, Any]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A hash of the manifest, which every chunk repeats."""
         return hashlib.blake2b(_canonical(self.manifest).encode(), digest_size=8).hexdigest()
@@ -124,12 +133,35 @@ class StoreFiles:
             first = f", such as {skipped[0][0]!r}: {skipped[0][1]}" if skipped else ""
             raise InputError(f"None of the {len(skipped)} images could be read{first}.")
         complete = {"store": self.key, "sizes": sizes, "ids": found, "skipped": skipped}
-        write_json(self.folder / COMPLETE, complete)
+        with self.resumable():
+            write_json(self.folder / COMPLETE, complete)
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Where something cannot be written, add what is there and how to go on.
+
+        Raises:
+            StoreError: Then.
+        """
+        try:
+            yield
+        except StoreError as error:
+            raise StoreError(
+                f"{error} The store can be resumed: {len(self.numbers())} chunks are there. Make room, and collect "
+                f"again with resume."
+            ) from error
 
     def tidy(self) -> None:
-        """Remove what a killed process was writing: our unfinished files, and those of safetensors."""
-        for pattern in (".*.unfinished", ".tmp*"):
-            for path in self.folder.glob(pattern):
+        """Remove what a killed process was writing into this store: our unfinished files, and those of safetensors."""
+        self._remove(_UNFINISHED)
+
+    def tidy_manifest(self) -> None:
+        """Remove the manifest of a store that was killed before it was one; nothing else here is known to be ours."""
+        self._remove(_UNFINISHED_MANIFEST)
+
+    def _remove(self, names: re.Pattern[str]) -> None:
+        for path in list(self.folder.iterdir()):
+            if names.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
 
 
@@ -167,7 +199,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         unfinished.write_text(json.dumps(packed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(unfinished, path)
     except OSError as error:
-        raise StoreError(f"Could not write {path}: {error}. Make room, and collect again with resume.") from error
+        raise StoreError(f"Could not write {path}: {error}.") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

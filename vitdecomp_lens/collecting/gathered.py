@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitdecomp_lens import storage
 from vitdecomp_lens.clip.moments import Moments
-from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.errors import InputError, StoreError
 
 KIND = "Gathered"
 
@@ -165,7 +165,9 @@ class Gathered:
         if not together:
             return
         between, between_embeddings = mean - self.mean, embedding_mean - self.embedding_mean
-        self.scatter += (self.count * count / together) * between[:, :, None] * between_embeddings
+        if self.gather.cross:  # one by one and in place, or what is added would be as large as the sums
+            for row, scatter in enumerate(self.scatter):
+                scatter.addr_(between[row], between_embeddings, alpha=self.count * count / together)
         self.mean += between * (count / together)
         self.embedding_mean += between_embeddings * (count / together)
         self.count = together
@@ -302,10 +304,18 @@ def merged(folder: Path, key: str) -> tuple[Gathered, list[int]] | None:
 
 
 def _load_part(path: Path, key: str, device: torch.device | str = "cpu") -> tuple[Gathered, list[int]]:
-    found, said = Gathered.load(path, device)
-    if said.get("store") != key:
-        raise storage.damaged(path, KIND, "it belongs to another store")
-    return found, said["chunks"]
+    try:
+        found, said = Gathered.load(path, device)
+        with storage.restoring(path, kind=KIND):
+            mine, chunks = said["store"] == key, list(said["chunks"])
+        if not mine:
+            raise storage.damaged(path, KIND, "it belongs to another store")
+    except StoreError as error:
+        raise StoreError(
+            f"The statistics {path.name} of the store {str(path.parent)!r} cannot be used. {error} Delete it; resume "
+            f"gathers again."
+        ) from error
+    return found, chunks
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,15 +6,27 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from vitdecomp_lens.collecting.pictures import DAMAGED, Unreadable, content_hash
+from vitdecomp_lens.collecting.files import ids_hash
+from vitdecomp_lens.collecting.pictures import Unreadable, content_hash
 from vitdecomp_lens.collecting.rows import RowImages
-from vitdecomp_lens.collecting.sources import Forward, ImageSource, LabelNames, Sample, whole_number
+from vitdecomp_lens.collecting.sources import (
+    IN_A_ROW,
+    Forward,
+    ImageSource,
+    LabelNames,
+    Sample,
+    readable_or_not,
+    spread,
+    whole_number,
+)
 from vitdecomp_lens.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -44,7 +56,7 @@ def images_from(source: Any, *, image: str | None = None, id: str | None = None)
         return _folder(Path(source))
     if hasattr(source, "features") and hasattr(source, "column_names"):
         return RowImages(source, image=image, id=id)
-    if all(hasattr(source, name) for name in ("split", "seed", "size", "drawn", "images")):
+    if all(hasattr(source, name) for name in ("split", "seed", "size", "drawn", "read")):
         return SceneImages(source)
     if _names_files(source):
         return _listed(source)
@@ -158,21 +170,17 @@ class SceneImages:
     def __init__(self, scenes: Any) -> None:
         self.scenes, self.count = scenes, scenes.size
         self.identity = f"scenes {scenes.split}:{scenes.seed}"
-        self.labels: LabelNames = dict.fromkeys(self._numbers(range(0)))
-
-    def _numbers(self, rows: range) -> dict[str, Tensor]:
-        drawn = self.scenes.drawn(rows)
-        second = {f"second {name}": numbers for name, numbers in drawn.second.items()}
-        return {**drawn.first, "group": self.scenes.labels("group", rows), **second, "word": drawn.word}
+        self.labels: LabelNames = dict.fromkeys(scenes.read(range(1))[1])
 
     def read(self, start: int, stop: int) -> list[Sample]:
         """Scenes, drawn together."""
         rows = range(start, min(stop, self.count))
         if not rows:
             return []
-        numbers = {name: column.tolist() for name, column in self._numbers(rows).items()}
+        images, known = self.scenes.read(rows)
+        numbers = {name: column.tolist() for name, column in known.items()}
         found = []
-        for place, (row, image) in enumerate(zip(rows, self.scenes.images(rows), strict=True)):
+        for place, (row, image) in enumerate(zip(rows, images, strict=True)):
             labels = {name: column[place] for name, column in numbers.items()}
             found.append(Sample(f"{self.scenes.split}:{self.scenes.seed}:{row}", image, labels))
         return found
@@ -192,27 +200,39 @@ class ItemImages:
         self.dataset, self.count = dataset, len(dataset)
         if not self.count:
             raise InputError(f"Expected at least one image; the {type(dataset).__name__} is empty.")
-        first, last = self._item(0), self._item(self.count - 1)
-        samples = (self._item(number) for number in range(self.count))
-        readable = next((sample for sample in samples if not isinstance(sample.image, Unreadable)), first)
-        self.labels: LabelNames = {name: getattr(dataset, "classes", None) for name in readable.labels}
-        self.identity = f"{type(dataset).__name__} of {self.count}, {first.id} to {last.id}"
+        some = self._samples(spread(self.count))
+        others = (sample for number in range(self.count) for sample in self._samples([number]))
+        readable = (sample for sample in chain(some, others) if not _is_bad(sample))
+        self.labels: LabelNames = {
+            name: getattr(dataset, "classes", None) for sample in islice(readable, 1) for name in sample.labels
+        }
+        self.identity = f"{type(dataset).__name__} of {self.count}, {ids_hash([[sample.id for sample in some]])}"
 
-    def _item(self, number: int) -> Sample:
-        try:
-            return _sample(self.dataset[number], number)
-        except InputError:
-            raise
-        except DAMAGED as error:
-            return Sample(f"item {number}", Unreadable(str(error)), {})
+    def _item(self, number: int) -> Any:
+        return readable_or_not(lambda: self.dataset[number])
+
+    def _samples(self, numbers: Sequence[int]) -> list[Sample]:
+        # One by one, because data sets need not bear several threads; opening and hashing can take several at once.
+        return _samples([self._item(number) for number in numbers], numbers)
 
     def read(self, start: int, stop: int) -> list[Sample]:
-        """Items, one by one."""
-        return [self._item(number) for number in range(start, min(stop, self.count))]
+        """Items, in their order."""
+        return self._samples(range(start, min(stop, self.count)))
+
+
+def _samples(items: Sequence[Any], numbers: Sequence[int]) -> list[Sample]:
+    """Several items of a data set, hashed at once."""
+    pictures = {id(item[0] if isinstance(item, tuple | list) and item else item) for item in items}
+    # One object under several numbers is not to be opened by two threads.
+    threads = min(8, os.cpu_count() or 1) if len(pictures) == len(items) > 1 else 1
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(_sample, items, numbers))
 
 
 def _sample(item: Any, number: int) -> Sample:
     """One item of a data set, which may be a picture alone."""
+    if isinstance(item, Unreadable):
+        return Sample(f"item {number}", item, {})
     picture, *labels = item if isinstance(item, tuple | list) else (item,)
     if not isinstance(picture, Image.Image | Tensor | Path) or len(labels) > 1:
         shown = ", ".join(type(part).__name__ for part in (picture, *labels))
@@ -221,7 +241,10 @@ def _sample(item: Any, number: int) -> Sample:
             f"({shown}). Wrap the data set in one that gives these two, or write an ImageSource."
         )
     numbers = {"label": whole_number(labels[0], f"item {number}")} if labels else {}
-    return Sample(content_hash(picture), picture, numbers)
+    name = readable_or_not(lambda: content_hash(picture))  # pictures may be opened only here
+    if isinstance(name, Unreadable):
+        return Sample(f"item {number}", name, {})
+    return Sample(name, picture, numbers)
 
 
 class StreamImages:
@@ -236,9 +259,15 @@ class StreamImages:
         first = self.read(0, 1)
         if not first:
             raise InputError(f"Expected at least one image; the {type(dataset).__name__} is empty.")
-        self.labels: LabelNames = dict.fromkeys(first[0].labels)
+        readable = next((s for n in range(IN_A_ROW) for s in self.read(n, n + 1) if not _is_bad(s)), first[0])
+        self.labels: LabelNames = dict.fromkeys(readable.labels)
         self.identity = f"{type(dataset).__name__} from {first[0].id}"
 
     def read(self, start: int, stop: int) -> list[Sample]:
         """The next items."""
-        return [_sample(item, start + place) for place, item in enumerate(self._rows.read(start, stop))]
+        items = self._rows.read(start, stop)
+        return _samples(items, range(start, start + len(items)))
+
+
+def _is_bad(sample: Sample) -> bool:
+    return isinstance(sample.image, Unreadable)

@@ -1,9 +1,12 @@
 """Which of several processes this is. ``accelerate launch`` and ``torchrun`` start them; nothing is scheduled here."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
+
+PATIENCE = timedelta(days=7)  # one process may be done long before another is
 
 
 class Processes:
@@ -19,7 +22,7 @@ class Processes:
             # Importing it takes a second, and a single process needs none of it.
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=device.type == "cpu")
+            self._state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
     @property
     def rank(self) -> int:

@@ -86,14 +86,25 @@ class Reader:
             )
         kept = [(s, one) for s, one in zip(samples, found, strict=True) if not isinstance(one, str)]
         ids = tuple(sample.id for sample, _ in kept)
-        images = tuple(
-            preprocessor.batch([one[place] for _, one in kept])
-            for place, preprocessor in enumerate(self.preprocessors if kept else ())
-        )
-        for batch in images:
-            refuse_nonfinite(batch, ids, "pixels")
+        images = self._batches([one for _, one in kept]) if kept else ()
+        for place, batch in enumerate(images):
+            if not place or batch is not images[0]:
+                refuse_nonfinite(batch, ids, "pixels")
         labels = self._labels([sample for sample, _ in kept])
         return Batch(number, ids, labels, images, skipped, is_last=len(samples) < self.size)
+
+    def _batches(self, several: list[tuple[Tensor, ...]]) -> tuple[Images, ...]:
+        """The batch for each model; one for all that make the same of it."""
+        first, *others = self.preprocessors
+        batch = first.batch([one[0] for one in several])
+        are_bytes = not any(one[0].is_floating_point() for one in several)
+        return (
+            batch,
+            *(
+                batch if are_bytes and other.takes_bytes_like(first) else other.batch([one[place] for one in several])
+                for place, other in enumerate(others, start=1)
+            ),
+        )
 
     def _opened(self, sample: Sample) -> tuple[Tensor, ...] | str:
         """The picture for each model, or why it cannot be read."""

@@ -1,5 +1,6 @@
 """Data sets of Hugging Face, by what they have in common: features, columns, rows."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from vitdecomp_lens.collecting.files import ids_hash
 from vitdecomp_lens.collecting.pictures import DAMAGED, Picture, Unreadable, content_hash
-from vitdecomp_lens.collecting.sources import Forward, LabelNames, Sample, whole_number
+from vitdecomp_lens.collecting.sources import Forward, LabelNames, Sample, readable_or_not, spread, whole_number
 from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
 
 
@@ -28,7 +30,7 @@ class RowImages:
     def __init__(self, dataset: Any, *, image: str | None = None, id: str | None = None) -> None:
         self._id = id
         features = dict(dataset.features or {})
-        peek = features or dict(next(iter(dataset), {}))
+        peek = features or _first(dataset)
         self._image = image or _only_image(peek)
         for column in filter(None, (self._image, id)):
             if column not in peek:
@@ -44,22 +46,25 @@ class RowImages:
         self.identity = self._identify()
 
     def _identify(self) -> str:
-        ends = [0] if self.count is None else [0, self.count - 1]
-        samples = [sample for row in ends if row >= 0 for sample in self.read(row, row + 1)]
-        if not samples:
+        some = [0] if self.count is None else spread(self.count)
+        ids = [sample.id for row in some for sample in self.read(row, row + 1)]
+        if not ids:
             raise InputError("Expected at least one image; the data set is empty.")
         size = "a stream" if self.count is None else f"{self.count} rows"
-        return f"{size} of {self._image!r}, {' to '.join(sample.id for sample in samples)}"
+        return f"{size} of {self._image!r}, {ids_hash([ids])}"
 
     def read(self, start: int, stop: int) -> list[Sample]:
         """Rows, their pictures not decoded yet."""
         if self._rows is None:
-            rows = [self._dataset[row] for row in range(start, min(stop, self.count or 0))]
+            numbers = range(start, min(stop, self.count or 0))
+            rows = [readable_or_not(functools.partial(self._dataset.__getitem__, number)) for number in numbers]
         else:
             rows = self._rows.read(start, stop)
         return [self._sample(row, start + place) for place, row in enumerate(rows)]
 
-    def _sample(self, row: Mapping[str, Any], number: int) -> Sample:
+    def _sample(self, row: Mapping[str, Any] | Unreadable, number: int) -> Sample:
+        if isinstance(row, Unreadable):
+            return Sample(f"row {number}", row, {})
         labels = {name: whole_number(row.get(name), f"row {number}", name) for name in self.labels}
         try:
             picture = _stored(row[self._image])
@@ -67,6 +72,15 @@ class RowImages:
         except DAMAGED as error:
             return Sample(f"row {number}", Unreadable(str(error)), labels)
         return Sample(found, picture, labels)
+
+
+def _first(dataset: Any) -> dict[str, Any]:
+    """The first row of a stream without features, for the names of its columns."""
+    for row in Forward(dataset).read(0, 1):
+        if isinstance(row, Unreadable):
+            raise InputError(f"The first row of the data set cannot be read: {row.reason}. Name features, or mend it.")
+        return dict(row)
+    return {}
 
 
 def _stored(value: Any) -> Picture:

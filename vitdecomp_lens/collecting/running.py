@@ -18,7 +18,7 @@ from vitdecomp_lens.collecting.reading import Batch, Reader, refuse_nonfinite
 from vitdecomp_lens.components import Component
 from vitdecomp_lens.decompose import decompose
 from vitdecomp_lens.decomposition import Decomposition
-from vitdecomp_lens.errors import GapError, InputError, StoreError
+from vitdecomp_lens.errors import GapError, InputError
 
 Progress = Callable[[int, int | None, int], None]
 SHARE_OF_SAVING = 0.05  # of the time, for writing statistics that a kill would lose
@@ -62,10 +62,14 @@ class Run:
             # What statistics are worth saving how often depends on how large they are: a share of the time.
             if self.part is not None and saving <= SHARE_OF_SAVING * (time.monotonic() - begun):
                 start = time.monotonic()
-                self.part.save()
+                self._save(self.part)
                 saving += time.monotonic() - start
         if self.part is not None:
-            self.part.save()
+            self._save(self.part)
+
+    def _save(self, part: Part) -> None:
+        with self.files.resumable():
+            part.save()
 
     def _missing(self) -> Iterator[int]:
         """The chunks of this process that are not there yet; without end where the data set's is not known."""
@@ -108,13 +112,8 @@ class Run:
         elif self.part is not None:
             empty = self.cut.values[:, :0]
             self.part.add(batch.number, empty, None, first=batch.number * self.reader.size)
-        try:
+        with self.files.resumable():
             self.files.write(batch.number, tensors if batch.ids else {}, batch.ids, batch.skipped)
-        except StoreError as error:
-            raise StoreError(
-                f"{error} The store can be resumed: {len(self.files.numbers())} chunks are there. Make room, and "
-                f"collect again with resume."
-            ) from error
 
     def _computed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Contributions, representations and embeddings of one batch."""

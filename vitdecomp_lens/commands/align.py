@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, errors: Console) -> int:
         before: list[int] = []
 
         def show(state: FitProgress) -> None:
-            before.append(state.epoch)
+            before.append(max(state.epoch - 1, 0))  # told after an epoch, or of the start
             pace(state.epoch, state.epochs, before[0])
 
         aligner = Aligner.fit_stream(

@@ -141,13 +141,17 @@ def _grid(batch: int) -> tuple[Plane, Plane]:
 
 
 def _noise(keys: Int[Tensor, "batch"], x: Plane, y: Plane) -> Plane:
-    """Smooth numbers in [0, 1): random ones on whole coordinates, and linear between them."""
-    left, top = x.floor(), y.floor()
-    across, down = x - left, y - top
-    key = keys[:, None, None]
+    """Smooth numbers in [0, 1): random ones on whole coordinates, and linear between them.
+
+    ``x`` depends on the column alone and ``y`` on the row, so that each whole coordinate is hashed once.
+    """
+    left, top = x[0, 0].floor().long(), y[0, :, 0].floor().long()
+    columns, rows = torch.arange(int(left[0]), int(left[-1]) + 2), torch.arange(int(top[0]), int(top[-1]) + 2)
+    drawn = uniform(mixed(keys[:, None, None], columns, rows[:, None]))
+    across, down = x - x.floor(), y - y.floor()
 
     def corner(dx: int, dy: int) -> Plane:
-        return uniform(mixed(key, left.long() + dx, top.long() + dy))
+        return drawn[:, top - top[0] + dy][:, :, left - left[0] + dx]
 
     upper = corner(0, 0) * (1 - across) + corner(1, 0) * across
     lower = corner(0, 1) * (1 - across) + corner(1, 1) * across

@@ -9,7 +9,7 @@ _FIRST, _SECOND = -4658895280553007687, -7723592293110705685  # the multipliers 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """A shift to the right that brings in zeros, whatever the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def mixed(*keys: Tensor | int) -> Tensor:
@@ -20,10 +20,13 @@ def mixed(*keys: Tensor | int) -> Tensor:
     """
     found = torch.zeros((), dtype=torch.int64)
     for key in keys:
-        found = (found ^ torch.as_tensor(key, dtype=torch.int64)) + _GOLDEN
-        found = (found ^ _shifted(found, 30)) * _FIRST
-        found = (found ^ _shifted(found, 27)) * _SECOND
-        found = found ^ _shifted(found, 31)
+        found = found ^ torch.as_tensor(key, dtype=torch.int64)
+        found += _GOLDEN
+        found ^= _shifted(found, 30)
+        found *= _FIRST
+        found ^= _shifted(found, 27)
+        found *= _SECOND
+        found ^= _shifted(found, 31)
     return found
 
 

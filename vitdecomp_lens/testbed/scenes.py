@@ -143,6 +143,15 @@ class Scenes(Dataset[Scene]):
         """The pictures alone."""
         return paint(self.drawn(indices))[0]
 
+    def read(
+        self, indices: Sequence[int]
+    ) -> tuple[UInt8[Tensor, "batch 3 height width"], dict[str, Int[Tensor, "batch"]]]:
+        """The pictures, and the numbers of all that is known of them, -1 where a scene has none of it."""
+        drawn = self.drawn(indices)
+        second = {f"second {name}": numbers for name, numbers in drawn.second.items()}
+        group = _is_round(drawn.first["shape"]).long()
+        return paint(drawn)[0], {**drawn.first, "group": group, **second, "word": drawn.word}
+
     def captions(self, indices: Sequence[int]) -> list[str]:
         """The sentences alone."""
         drawn = self.drawn(indices)
@@ -232,7 +241,8 @@ def paint(drawn: Drawn) -> tuple[UInt8[Tensor, "batch 3 height width"], dict[str
         masks[name] = cover > 0.5
     plate, ink = words(drawn.word, _plate(drawn), list(SHAPES))
     picture = laid_over(laid_over(picture, 0.95, plate.float()), 0.05, ink.float())
-    masks = {name: mask & ~plate for name, mask in masks.items()} | {"word": plate}
+    seen = {"second": ~(plate | masks["object"]), "object": ~plate}
+    masks = {name: mask & seen[name] for name, mask in masks.items()} | {"word": plate}
     return as_bytes(picture, drawn.keys), masks
 
 

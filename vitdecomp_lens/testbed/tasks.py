@@ -25,7 +25,6 @@ class Batch:
         labels: Numbers of all attributes, in the order of `ATTRIBUTES`.
         tokens: Of the captions.
         random: For augmentations: seeded by the step, so that a run that was ended goes on as it would have.
-        progress: How much of the training is done, from 0 to 1.
     """
 
     images: UInt8[Tensor, "batch 3 height width"]
@@ -33,7 +32,6 @@ class Batch:
     labels: Int[Tensor, "batch attribute"]
     tokens: Int[Tensor, "batch token"]
     random: torch.Generator
-    progress: float
 
 
 class Task(nn.Module, ABC):

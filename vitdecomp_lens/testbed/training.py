@@ -38,7 +38,7 @@ RECIPES: Mapping[str, Recipe] = {
     "clip": Recipe(3200),
     "deit": Recipe(5000, batch=128),
     "dino": Recipe(2200),
-    "reg": Recipe(5000, batch=128),
+    "reg": Recipe(4000, batch=128),
     "swin": Recipe(1500, batch=128),
     "maxvit": Recipe(1200, batch=128),
 }
@@ -141,7 +141,7 @@ class _Run:
             started = time.monotonic()
             batch = self._batch(drawings)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.rate * _share_of_rate(batch.progress)
+                group["lr"] = self.recipe.rate * _share_of_rate(self.step / self.recipe.steps)
             loss = self.task.loss(self.model, batch)
             self.optimizer.zero_grad()
             loss.backward()
@@ -156,9 +156,8 @@ class _Run:
         order = torch.randperm(len(drawings.images), generator=_generator(self.seed, 0, rounds))
         which = order[place * self.recipe.batch : (place + 1) * self.recipe.batch]
         random = _generator(self.seed, 1, self.step)
-        progress = self.step / self.recipe.steps
-        drawn = (drawings.images, drawings.masks, drawings.labels, drawings.tokens)
-        return Batch(*(values[which] for values in drawn), random, progress)
+        images, masks = drawings.images[which], drawings.masks[which]
+        return Batch(images, masks, drawings.labels[which], drawings.tokens[which], random)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
