@@ -230,6 +230,7 @@ def test_an_unknown_part_is_refused_by_name():
         HookedViT(model)
 
 
+@pytest.mark.sweep
 def test_a_logit_behind_an_activation_function_is_explained_with_that_frozen(tmp_path):
     module = STAGED_MODELS["maxvit_tf"]().float()
     module.pretrained_cfg = {"input_size": (3, 64, 64), "crop_pct": 1.0}
@@ -254,6 +255,7 @@ def test_the_frozen_classifier_is_the_classifier_at_its_image_and_only_there():
     torch.testing.assert_close(torch.zeros_like(first) @ model.unembedding_at(torch.zeros_like(first))[0] + bias, bias)
 
 
+@pytest.mark.sweep
 def test_a_certificate_says_that_logits_behind_an_activation_function_were_not_decomposed():
     certificate = verify(HookedViT(STAGED_MODELS["maxvit_tf"]().float()), images_for("maxvit_tf", dtype=torch.float32))
     assert certificate.supported

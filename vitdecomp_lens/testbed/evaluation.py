@@ -18,7 +18,7 @@ CHUNK = 500  # scenes at a time
 SPURIOUS = 2000  # scenes that the classifier of shape groups is fitted on
 PROBED = 4000  # scenes that a probe is fitted on
 AMONG = 64  # captions that the right one is to be found among
-DECAY = 1e-3  # of linear classifiers
+DECAY = 1e-2  # of linear classifiers
 
 
 @dataclass(frozen=True)
