@@ -40,6 +40,7 @@ def load(name: str) -> HookedViT:
         StoreError: If its weights are not those that the manifest names.
 
     Example:
+        >>> from vitdecomp_lens.testbed import CLASSES, Scenes, normalised
         >>> model = load("deit")
         >>> scene = Scenes("test")[0]
         >>> CLASSES[int(model(normalised(scene.image[None]))[0, :8].argmax())] == scene.attributes["shape"]
