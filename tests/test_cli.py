@@ -335,7 +335,7 @@ def test_a_file_in_place_of_the_folder_is_said_before_a_model_is_loaded(inside, 
     def load(*_args, **_options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "_model", load)
+    monkeypatch.setattr(cli, "named_model", load)
     (tmp_path / "afile").write_text("in the way")
     out = tmp_path / "afile" / "out" if inside else tmp_path / "afile"
     assert main(["explain", "a.jpg", "--model", "test_vit", "--out", str(out)]) == 2

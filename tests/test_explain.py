@@ -501,3 +501,12 @@ def test_a_real_photograph_is_explained(trained, tmp_path):
         assert one.gap < 1e-5
         save_picture(one, open_upright(one.image), tmp_path / Path(one.image).with_suffix(".png").name)
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_names_that_a_model_brings_along_are_used_where_they_are_those_of_its_classifier():
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    model.pretrained_cfg["label_names"] = ["one", "two", "three"]
+    assert Explainer(HookedViT(model)).names.names == ("one", "two", "three")
+    assert Explainer(HookedViT(model), class_names=["a", "b", "c"]).names.names == ("a", "b", "c")
+    model.pretrained_cfg["label_names"] = ["one", "two"]  # the classifier was replaced
+    assert Explainer(HookedViT(model)).names.names == ("class 0", "class 1", "class 2")

@@ -22,10 +22,7 @@ from torch import nn
 
 from vitdecomp_lens.certificate import WIDTH
 from vitdecomp_lens.commands import align, collect
-from vitdecomp_lens.commands.models import TESTBED
-from vitdecomp_lens.commands.models import add_weights as _add_weights
-from vitdecomp_lens.commands.models import named_model as _model
-from vitdecomp_lens.commands.models import positive as _positive
+from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, positive
 from vitdecomp_lens.errors import InputError, VitDecompError
 from vitdecomp_lens.explain import Explainer
 from vitdecomp_lens.explanation import FORMAT, VERSION, Explanation, printable
@@ -76,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("name", metavar="NAME", help="name of a model of timm, such as test_vit")
     check.add_argument("--open-clip", action="store_true", help="NAME is one of open_clip's, such as ViT-B-16")
-    _add_weights(check)
-    check.add_argument("--images", type=_positive, default=2, metavar="N", help="how many random images (2)")
+    add_weights(check)
+    check.add_argument("--images", type=positive, default=2, metavar="N", help="how many random images (2)")
     check.add_argument("--seed", type=int, default=0, help="of all random numbers (0)")
     check.add_argument("--json", type=Path, metavar="FILE", help="write the certificate as JSON, too")
     check.set_defaults(run=_verify)
@@ -92,11 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     tell.add_argument("photographs", nargs="*", metavar="IMAGE", help=photographs)
     named = "name of a model of timm, with a classifier; or testbed/NAME"
     tell.add_argument("--model", required=True, metavar="NAME", help=named)
-    _add_weights(tell)
+    add_weights(tell)
     tell.add_argument("--class", dest="class_", metavar="CLASS", help="index, name or WordNet number of a class")
     tell.add_argument("--class-names", type=Path, metavar="FILE", help="names of the classes, one a line")
     tell.add_argument("--by", choices=("layer", "head", "neuron"), default="head", help="what components are (head)")
-    tell.add_argument("--top", type=_positive, default=10, metavar="K", help="how many components to show (10)")
+    tell.add_argument("--top", type=positive, default=10, metavar="K", help="how many components to show (10)")
     tell.add_argument("--relative", action="store_true", help="explain the logit minus the mean of all logits")
     tell.add_argument(
         "--out", type=Path, default=Path("explained"), metavar="DIR", help="folder to write to (explained)"
@@ -127,7 +124,7 @@ def _licence(model: nn.Module, options: argparse.Namespace) -> str:
 
 def _verify(options: argparse.Namespace, errors: Console) -> int:
     with _progress(errors, "loading") as (progress, task):
-        model, origin = _model(options.name, options, open_clip=options.open_clip)
+        model, origin = named_model(options.name, options, open_clip=options.open_clip)
         certificate = verify(
             model,
             name=options.name,
@@ -260,7 +257,7 @@ class ExplanationsFile:
 
 
 def _explainer(options: argparse.Namespace, errors: Console) -> Explainer:
-    model, origin = _model(options.model, options)
+    model, origin = named_model(options.model, options)
     if origin == "initial values":
         note = (
             "Note: the model has random initial values. Give --pretrained, or --weights FILE, to explain a trained one."

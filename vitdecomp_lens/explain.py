@@ -100,7 +100,7 @@ class Explainer:
         if top < 0:
             raise InputError(f"Expected top= of at least 0; got {top}.")
         self.model, self.by, self.top, self.relative = model, by, top, relative
-        self.names = ClassNames.of(_num_classes(model), class_names or _label_names(model))
+        self.names = ClassNames.of(_num_classes(model), _label_names(model) if class_names is None else class_names)
         self.wanted = None if class_ is None else self.names.find(class_)
 
     def explain(self, photograph: Photograph, *, name: str) -> Explanation:
@@ -167,8 +167,9 @@ def _num_classes(model: HookedViT) -> int:
 
 
 def _label_names(model: HookedViT) -> Sequence[str] | None:
-    """The names of classes that a timm model brings along, if it does."""
-    return (getattr(model.original, "pretrained_cfg", None) or {}).get("label_names") or None
+    """The names of classes that a timm model brings along, if they are those of its classifier."""
+    names = (getattr(model.original, "pretrained_cfg", None) or {}).get("label_names") or ()
+    return names if len(names) == _num_classes(model) else None  # a classifier may have been replaced
 
 
 def _with_constant(scores: Attribution, name: str, value: Float[Tensor, "direction"]) -> Attribution:

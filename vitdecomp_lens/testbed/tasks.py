@@ -1,4 +1,4 @@
-"""What the testbed's models learn: names of attributes, captions, or to agree with themselves."""
+"""What the testbed's models learn: names of attributes, captions, or which views are of one image."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
