@@ -35,11 +35,11 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "clip": Recipe(3200),
+    "clip": Recipe(5600),
     "deit": Recipe(5000, batch=128),
-    "dino": Recipe(2200),
-    "reg": Recipe(4000, batch=128),
-    "swin": Recipe(1500, batch=128),
+    "dino": Recipe(3400),
+    "reg": Recipe(6000, batch=128),
+    "swin": Recipe(6500, batch=128),
     "maxvit": Recipe(1200, batch=128),
 }
 
