@@ -1,5 +1,7 @@
 """CaiT and XCiT: a class token that comes in late, heads that talk, channels that attend to each other."""
 
+from functools import cache
+
 import pytest
 import torch
 from einops import einsum
@@ -22,6 +24,12 @@ slow_by_token = pytest.mark.filterwarnings("ignore::vitdecomp_lens.errors.VitDec
 
 def exact(name):
     return HookedViT(TINY_MODELS[name]().double()), images_for(name).double()
+
+
+@cache
+def traced(name):
+    """The same for tests that only decompose: what takes time is to trace a model."""
+    return exact(name)
 
 
 def cached(name):
@@ -293,14 +301,14 @@ def test_split_inputs_reach_one_head_each_and_the_query_is_the_class_tokens(name
 @pytest.mark.parametrize("name", CAIT + XCIT)
 @pytest.mark.parametrize("by", ["layer", "head", "neuron"])
 def test_cuts_by_component_take_the_fast_way(name, by):
-    model, images = exact(name)
+    model, images = traced(name)
     assert decompose(model, images, by=by).gap.max() < 1e-10  # a warning, which the slow way gives, would be an error
     assert type(make_request(model, images, by, "representation", None, tokens=False).program) is Program
 
 
 @pytest.mark.parametrize("name", BY_CLASS_TOKEN)
 def test_a_class_token_is_a_constant_and_only_blocks_that_change_it_write_into_it(name):
-    model, images = exact(name)
+    model, images = traced(name)
     parts = decompose(model, images)
     assert parts["cls_token"].abs().max() > 1e-3
     writers = {layer for layer in range(model.cfg.n_layers) if parts.select(layer=layer).values.any()}
@@ -310,7 +318,7 @@ def test_a_class_token_is_a_constant_and_only_blocks_that_change_it_write_into_i
 
 @pytest.mark.parametrize("name", ["cait_mean_pool", "xcit_mean_pool"])
 def test_in_a_mean_of_patches_the_class_token_has_no_part(name):
-    parts = decompose(*exact(name))
+    parts = decompose(*traced(name))
     assert "cls_token" not in parts or not parts["cls_token"].any()
     writers = {layer for layer in range(4) if parts.select(layer=layer).values.any()}
     assert writers == {0, 1}
@@ -325,7 +333,7 @@ def test_scores_by_token_of_xcit_too():
 
 
 def check_blocks_by_grid(name, **counts):
-    model, images = exact(name)
+    model, images = traced(name)
     tokens = attribute_tokens(model, images, directions())
     found = {block.grid: len(block) for block in tokens.blocks}
     assert found == dict(zip((PATCHES, CLASS_AND_PATCHES, CLASS), counts.values(), strict=True))
@@ -341,7 +349,7 @@ def check_blocks_by_grid(name, **counts):
 @pytest.mark.parametrize("name", CAIT + XCIT)
 def test_scores_by_token_are_those_of_the_token_that_is_moved(name):
     """The replay of the cut at ``hook_v`` with nothing but one token's values is the score of that token."""
-    model, images = exact(name)
+    model, images = traced(name)
     u = directions()
     points = {p.hook: p for p in model.token_points("head")}
     graph = trace(model, images[:1], listened=list(points))

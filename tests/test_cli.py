@@ -14,8 +14,11 @@ from real_data import MODEL, PHOTOGRAPHS, WEIGHTS, needs_real_data, true_class
 from safetensors.torch import save_file
 from test_explain import photograph
 
-from vitdecomp_lens import HookedViT, cli
-from vitdecomp_lens.cli import PictureNames, main
+from vitdecomp_lens import HookedViT
+from vitdecomp_lens.cli import main
+from vitdecomp_lens.commands import explain as explaining
+from vitdecomp_lens.commands import verify as verifying
+from vitdecomp_lens.commands.explain import PictureNames
 from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError
 from vitdecomp_lens.explain import explain
 from vitdecomp_lens.explanation import Explanation
@@ -43,7 +46,7 @@ def certified(monkeypatch):
         model.blocks = model.blocks[:1]
         return really_verify(model, **options)
 
-    monkeypatch.setattr(cli, "verify", verify)
+    monkeypatch.setattr(verifying, "verify", verify)
     return asked
 
 
@@ -71,7 +74,7 @@ def test_what_libraries_log_is_not_shown_and_logging_is_as_before_afterwards(mon
         logging.getLogger("open_clip").warning("no weights")
         raise InputError("stop here")
 
-    monkeypatch.setattr(cli, "verify", verify)
+    monkeypatch.setattr(verifying, "verify", verify)
     assert main(["verify", "test_vit"]) == 2
     assert capsys.readouterr().err == "Error: stop here\n"
     assert caplog.records == []
@@ -85,7 +88,7 @@ def test_the_exit_code_says_whether_a_model_is_supported(monkeypatch, capsys):
         def __rich__(self):
             return "no"
 
-    monkeypatch.setattr(cli, "verify", lambda *_args, **_options: Certificate())
+    monkeypatch.setattr(verifying, "verify", lambda *_args, **_options: Certificate())
     assert main(["verify", "test_vit"]) == 1
     assert capsys.readouterr().out.strip() == "no"
 
@@ -96,7 +99,9 @@ def test_weights_of_a_file_are_not_perturbed_and_have_no_stated_licence(monkeypa
     class Certificate:
         supported = True
 
-    monkeypatch.setattr(cli, "verify", lambda model, **options: asked.update(options, model=model) or Certificate())
+    monkeypatch.setattr(
+        verifying, "verify", lambda model, **options: asked.update(options, model=model) or Certificate()
+    )
     assert main(["verify", "test_vit", "--weights", str(weights_file)]) == 0
     capsys.readouterr()
     assert asked["perturb"] is False
@@ -244,7 +249,19 @@ def photographs(tmp_path):
     return [str(path) for path in paths]
 
 
-def test_explain_prints_a_table_and_writes_pictures_and_json(photographs, weights_file, tmp_path, capsys):
+@pytest.fixture
+def one_block(monkeypatch):
+    """`explain` of one block in place of six: what takes time is to trace them."""
+
+    def shallow(model):
+        model.blocks = model.blocks[:1]
+        return HookedViT(model)
+
+    monkeypatch.setattr(explaining, "HookedViT", shallow)
+    return shallow
+
+
+def test_explain_prints_a_table_and_writes_pictures_and_json(one_block, photographs, weights_file, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [
         "--model",
@@ -270,14 +287,14 @@ def test_explain_prints_a_table_and_writes_pictures_and_json(photographs, weight
     assert sorted(path.name for path in out.iterdir()) == sorted([*pictures, "explanations.json"])
     module = create_timm("test_vit")
     load_weights(module, weights_file)
-    expected = explain(HookedViT(module), photographs, class_=0, top=3)
+    expected = explain(one_block(module), photographs, class_=0, top=3)
     for one, other in zip(packed["explanations"], expected, strict=True):
         assert Explanation.from_dict(one).image == other.image
         assert one["logit"] == pytest.approx(other.logit, rel=1e-5)
         assert [c["component"] for c in one["contributions"]] == [c.component for c in other.contributions]
 
 
-def test_photographs_that_cannot_be_read_are_named_and_the_others_explained(photographs, tmp_path, capsys):
+def test_photographs_that_cannot_be_read_are_named_and_the_others_explained(one_block, photographs, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"no photograph")
     bad = [str(tmp_path / "broken.jpg"), str(tmp_path), str(tmp_path / "missing.jpg")]
     out = tmp_path / "out"
@@ -290,8 +307,8 @@ def test_photographs_that_cannot_be_read_are_named_and_the_others_explained(phot
     assert (out / "cat.png").is_file()
 
 
-def test_without_matplotlib_there_are_tables_and_json_and_advice(photographs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "can_draw", lambda: False)
+def test_without_matplotlib_there_are_tables_and_json_and_advice(one_block, photographs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(explaining, "can_draw", lambda: False)
     out = tmp_path / "out"
     assert main(["explain", photographs[0], "--model", "test_vit", "--relative", "--out", str(out)]) == 0
     printed = capsys.readouterr()
@@ -301,14 +318,14 @@ def test_without_matplotlib_there_are_tables_and_json_and_advice(photographs, tm
     assert json.loads((out / "explanations.json").read_text())["explanations"][0]["picture"] is None
 
 
-def test_classes_can_be_named_by_a_file(photographs, tmp_path, capsys):
+def test_classes_can_be_named_by_a_file(one_block, photographs, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("cat\ndog\nfish\n", encoding="utf-8")
     options = ["--model", "test_vit", "--num-classes", "3", "--class-names", str(tmp_path / "names.txt")]
     assert main(["explain", photographs[0], *options, "--class", "DOG", "--out", str(tmp_path / "out")]) == 0
     assert "What writes the logit of dog (1)" in capsys.readouterr().out
 
 
-def test_a_file_of_explanations_that_is_not_whole_does_not_stay(photographs, tmp_path, monkeypatch, capsys):
+def test_a_file_of_explanations_that_is_not_whole_does_not_stay(one_block, photographs, tmp_path, monkeypatch, capsys):
     drawn = []
 
     def stop_at_the_second(explanation, *_args):
@@ -316,7 +333,7 @@ def test_a_file_of_explanations_that_is_not_whole_does_not_stay(photographs, tmp
         if len(drawn) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "save_picture", stop_at_the_second)
+    monkeypatch.setattr(explaining, "save_picture", stop_at_the_second)
     out = tmp_path / "out"
     assert main(["explain", *photographs, "--model", "test_vit", "--out", str(out)]) == 130
     assert "Stopped." in capsys.readouterr().err
@@ -335,7 +352,7 @@ def test_a_file_in_place_of_the_folder_is_said_before_a_model_is_loaded(inside, 
     def load(*_args, **_options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "named_model", load)
+    monkeypatch.setattr(explaining, "named_model", load)
     (tmp_path / "afile").write_text("in the way")
     out = tmp_path / "afile" / "out" if inside else tmp_path / "afile"
     assert main(["explain", "a.jpg", "--model", "test_vit", "--out", str(out)]) == 2

@@ -50,7 +50,8 @@ def test_a_class_token_never_needs_a_whole_pattern():
 def test_scores_are_made_without_vectors():
     model, images = model_and_images("mean_pool_with_class_token")
     u = directions(100)
-    vectors = len(decompose(model, images)) * images.shape[0] * 32
+    components = len(decompose(model, images))
+    vectors = components * images.shape[0] * 32
     whole = max(torch.Size(shape).numel() for shape in shapes_of(lambda: decompose(model, images)))
     assert whole >= vectors
     for read in (attribute, attribute_tokens):
@@ -58,7 +59,7 @@ def test_scores_are_made_without_vectors():
         # No tensor has a vector of the representation's width for each head and image ...
         assert not [shape for shape in seen if len(shape) >= 3 and shape[-1] == 32 and shape[:2] in ((4, 3), (3, 4))]
         # ... nor for all components at once.
-        assert not [shape for shape in seen if shape[:2] == (len(decompose(model, images)), 3) and shape[-1] == 32]
+        assert not [shape for shape in seen if shape[:2] == (components, 3) and shape[-1] == 32]
 
 
 def test_only_rows_that_are_read_are_kept_of_a_run(monkeypatch):

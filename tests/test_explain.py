@@ -20,11 +20,13 @@ from rich.console import Console
 from tiny_models import TINY_MODELS, perturb
 
 from vitdecomp_lens import HookedViT, attribute, decompose
-from vitdecomp_lens.class_names import ClassNames
+from vitdecomp_lens.class_names import ClassNames, Question
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError
 from vitdecomp_lens.explain import Explainer, explain, open_upright
 from vitdecomp_lens.explanation import Explanation, Heatmap, printable
 from vitdecomp_lens.pictures import _Drawing, save_picture
+from vitdecomp_lens.testbed.models import CLASSES, build
+from vitdecomp_lens.testbed.scenes import ATTRIBUTES
 from vitdecomp_lens.weights import create_timm, load_weights
 
 
@@ -278,6 +280,70 @@ def test_classes_of_other_models_are_numbers_unless_named():
         ClassNames.of(2, "ab")
 
 
+# --- classifiers that answer several questions ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_two_questions():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = perturb(timm.create_model("test_vit", depth=1, num_classes=5), amount=0.05)
+    model.pretrained_cfg |= {"label_names": ["star", "ring", "moon", "red", "blue"]}
+    model.pretrained_cfg |= {"label_groups": {"shape": 3, "colour": 2}}
+    return HookedViT(model)
+
+
+@pytest.mark.parametrize(("wanted", "question", "answers"), [(None, "shape", [0, 1, 2]), ("blue", "colour", [3, 4])])
+def test_probabilities_are_among_the_classes_that_answer_the_same_question(of_two_questions, wanted, question, answers):
+    model = of_two_questions
+    logits = model(model.preprocess([photograph()]))[0].detach().double()[answers]
+    (one,) = explain(model, [photograph()], class_=wanted)
+    assert one.question == question
+    assert one.index == (4 if wanted else answers[int(logits.argmax())])
+    assert [said.index for said in one.predictions] == [answers[n] for n in logits.argsort(descending=True)]
+    for said in one.predictions:
+        assert said.probability == pytest.approx(float(logits.softmax(0)[said.index - answers[0]]), abs=1e-6)
+        assert said.logit == pytest.approx(float(logits[said.index - answers[0]]), abs=1e-6)
+    assert sum(said.probability for said in one.predictions) == pytest.approx(1)
+
+
+def test_a_relative_logit_is_relative_to_those_of_the_same_question(of_two_questions):
+    model = of_two_questions
+    logits = model(model.preprocess([photograph()]))[0].detach().double()
+    (one,) = explain(model, [photograph()], class_="red", relative=True)
+    assert one.logit == pytest.approx(float(logits[3] - logits[3:].mean()), abs=1e-5)
+    assert sum(c.score for c in one.contributions) == pytest.approx(one.logit, abs=1e-5)
+
+
+def test_the_question_is_shown_and_kept(of_two_questions, explanation):
+    (one,) = explain(of_two_questions, [photograph()], class_="blue", top=1)
+    text = shown(one)
+    assert "What writes the logit of colour: blue (4)" in text
+    assert re.search(r"probability +logit +colour\n", text)
+    assert "colour: blue (4)" in texts_of(one, (200, 160))
+    assert Explanation.from_dict(json.loads(json.dumps(one.as_dict()))).question == "colour"
+    before = {name: value for name, value in one.as_dict().items() if name != "question"}
+    assert Explanation.from_dict(before).question == "", "files of before there were questions"
+    assert re.search(r"probability +logit +class\n", shown(explanation))
+
+
+def test_a_classifier_that_was_replaced_answers_one_question():
+    model = timm.create_model("test_vit", depth=1, num_classes=6).eval()
+    model.pretrained_cfg["label_groups"] = {"shape": 3, "colour": 2}
+    assert Explainer(HookedViT(model)).question == Question("", range(6))
+    assert Question.of(5, {"none": 0, "all": 5}) == (Question("", range(5)),)
+
+
+def test_each_attribute_of_the_testbed_is_a_question():
+    model = HookedViT(build("deit"))
+    for question, values in ATTRIBUTES.items():
+        for value in values:
+            explainer = Explainer(model, class_=value)
+            assert explainer.question.name == question
+            assert tuple(CLASSES[n] for n in explainer.question.classes) == values
+    assert Explainer(model).question.name == "shape"
+
+
 # --- tables and JSON ------------------------------------------------------------------------------------------
 
 
@@ -471,13 +537,14 @@ def trained():
 
 
 @needs_real_data
-def test_on_real_photographs_the_hooked_model_says_what_timm_says_and_contributions_sum_to_it(trained):
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.sweep)])
+def test_on_real_photographs_the_hooked_model_says_what_timm_says_and_contributions_sum_to_it(trained, every):
     plain = timm.create_model(MODEL).eval()
     load_weights(plain, WEIGHTS)
-    right, worst = 0, 0.0
+    photographs, right, worst = PHOTOGRAPHS[::every], 0, 0.0
     with torch.no_grad():
-        for first in range(0, len(PHOTOGRAPHS), 25):
-            batch = PHOTOGRAPHS[first : first + 25]
+        for first in range(0, len(photographs), 25):
+            batch = photographs[first : first + 25]
             images = trained.preprocess(batch)
             logits = plain(images)
             parts = decompose(trained, images, by="head", of="logits")
@@ -487,7 +554,7 @@ def test_on_real_photographs_the_hooked_model_says_what_timm_says_and_contributi
             assert torch.equal(parts.sum().argmax(1), logits.argmax(1))
             right += sum(int(c) == true_class(p) for c, p in zip(logits.argmax(1), batch, strict=True))
     assert worst < 1e-5
-    assert right / len(PHOTOGRAPHS) > 0.75, "the weights and the transform are those of a trained model"
+    assert right / len(photographs) > 0.75, "the weights and the transform are those of a trained model"
 
 
 @needs_real_data

@@ -6,7 +6,7 @@ gates and maxima on the stream are passed too.
 
 import math
 import warnings
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import timm
@@ -325,6 +325,7 @@ SLOW = {
 }
 
 
+@lru_cache(maxsize=1)
 def member(name):
     """A model with parameters and running statistics moved off their initial values, and two images."""
     make, size = FAMILIES[name]
@@ -380,9 +381,14 @@ def features(model, images):
     return torch.cat(found, -1) if isinstance(found, list | tuple) else found
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.sweep) for name in FAMILIES]
+each_family = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.sweep) for name in FAMILIES],
+    scope="module",  # all tests of one come one after the other: what takes time is to trace it
 )
+
+
+@each_family
 def test_a_family_is_decomposed_exactly_at_what_is_met_first_and_at_everything_nonlinear(name):
     model, x = member(name)
     graph = trace(model, x, of=features)  # not what enters an activation that these may end in
@@ -405,10 +411,8 @@ def before(path, model, images):
     return entered[0].flatten(1)
 
 
+@each_family
 @pytest.mark.parametrize("by", ["layer", "head"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.sweep) for name in FAMILIES]
-)
 def test_scores_are_derivatives_of_the_eager_original(name, by):
     model, x = member(name)
     read = partial(before, BENT[name]) if name in BENT else features

@@ -2,6 +2,7 @@
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import timm
@@ -45,6 +46,7 @@ FAMILIES = {
 }
 
 
+@cache  # tests leave models as they are, and what takes time is to trace them
 def family(name):
     make, size = FAMILIES[name]
     with torch.random.fork_rng(devices=[]):
@@ -94,8 +96,11 @@ HOOKED = [
 ]
 
 
-def hooked(name):
+def fresh(name):
     return HookedViT(TINY_MODELS[name]().double()), images_for(name, 3).double()
+
+
+hooked = cache(fresh)
 
 
 @pytest.mark.parametrize("name", HOOKED)
@@ -495,7 +500,7 @@ def test_the_slow_way_is_the_fast_way(monkeypatch):
         raise NoFastPathError("not today")
 
     for name in ("layer_scale", "siglip"):
-        model, x = hooked(name)
+        model, x = fresh(name)
         directions = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
         def ask(model=model, x=x, directions=directions):
@@ -578,7 +583,7 @@ def test_a_hook_on_a_constant_is_a_component_of_the_slow_way_too(monkeypatch):
     def refuse(*_args, **_options):
         raise NoFastPathError("not today")
 
-    model, x = hooked("layer_scale")
+    model, x = fresh("layer_scale")
     with model.hooks([("hook_pos_embed", lambda value, hook: 3 * value)]):
         fast = decompose(model, x)
         monkeypatch.setattr(graphs, "compile_cut", refuse)

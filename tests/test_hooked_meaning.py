@@ -5,7 +5,7 @@ import pytest
 import torch
 from einops import einsum
 from test_hooked_parity import first
-from tiny_models import TINY_MODELS, _open_clip, images_for
+from tiny_models import TINY_MODELS, _open_clip, images_for, swept
 from torch.nn import functional
 
 from vitdecomp_lens.decompose import decompose
@@ -62,6 +62,7 @@ def test_every_hook_is_live(name):
             assert changed == (not hook.startswith(dead)), hook
 
 
+@pytest.mark.parametrize("name", swept(NAMES))  # it runs the model twice for each hook
 def test_writing_in_place_is_the_same_as_returning_and_spares_the_parameters(name):
     model, images = HookedViT(TINY_MODELS[name]()), images_for(name)
     state = {key: value.clone() for key, value in model.state_dict().items()}

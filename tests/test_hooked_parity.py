@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import SIZES, TINY_MODELS, images_for
+from tiny_models import SIZES, TINY_MODELS, images_for, swept
 from torch import nn
 
 from vitdecomp_lens.errors import UnsupportedModelError
@@ -238,6 +238,7 @@ def _(value, name):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", swept(NAMES))  # an export takes a second
 def test_exported_graphs_keep_every_hook_and_take_any_batch(name, model):
     images = images_for(name)
     with model.hooks([(hook, lambda value, hook: mark(value, hook.name)) for hook in plain_names(model)]):

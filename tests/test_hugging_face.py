@@ -145,21 +145,22 @@ def test_a_token_of_an_attention_gives_what_its_value_writes():
     attention = model.encoder.layers[1].self_attn
     u = torch.eye(12, dtype=x.dtype)
     head = attribute_tokens(model, x, u, of=of)["encoder.layers.1.self_attn.H2"]
-    kept = {}
-    attention.v_proj.register_forward_hook(lambda _m, _i, value: kept.update(v=value.clone()))
-    attention.k_proj.register_forward_hook(lambda _m, _i, value: kept.update(k=value.clone()))
-    attention.q_proj.register_forward_hook(lambda _m, _i, value: kept.update(q=value.clone()))
-    norm = {}
-    handle = model.post_layernorm.register_forward_hook(lambda _m, i, _o: norm.update(x=i[0].clone()))
+    kept, norm = {}, {}
+    handles = [
+        attention.v_proj.register_forward_hook(lambda _m, _i, value: kept.update(v=value.clone())),
+        attention.k_proj.register_forward_hook(lambda _m, _i, value: kept.update(k=value.clone())),
+        attention.q_proj.register_forward_hook(lambda _m, _i, value: kept.update(q=value.clone())),
+        model.post_layernorm.register_forward_hook(lambda _m, i, _o: norm.update(x=i[0].clone())),
+    ]
     model(x)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     q, k, v = (kept[n].unflatten(-1, (3, 4))[:, :, 2] for n in "qkv")
     pattern = (q[:, :1] @ k.mT / 2).softmax(-1)
     written = (pattern[:, 0, :, None] * v) @ attention.out_proj.weight[:, 8:].T
     centred = written - written.mean(-1, keepdim=True)
     scale = (norm["x"].var(-1, unbiased=False) + model.post_layernorm.eps).rsqrt()
     close(head, centred * scale[:, None, None] * model.post_layernorm.weight)
-    made.cache_clear()
 
 
 # ---- what is decomposed

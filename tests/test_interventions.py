@@ -1,8 +1,10 @@
 """Under hooks the decomposition is that of the run with them."""
 
+from functools import partial
+
 import pytest
 import torch
-from tiny_models import TINY_MODELS, images_for
+from tiny_models import TINY_MODELS, _timm, images_for
 
 from vitdecomp_lens import HookedViT, attribute, attribute_tokens, decompose
 
@@ -155,16 +157,25 @@ def test_no_hook_is_left_after_an_exception():
     assert decompose(model, images).gap.max() < 1e-10
 
 
-@pytest.mark.parametrize("name", ["class_token", pytest.param("siglip", marks=pytest.mark.sweep)])
-def test_every_hook_may_change_its_value_in_every_cut(name):
-    model, images = tiny(name)
+def one_block():
+    """What takes time is to trace the model for each of the hooks that it calls only if they are listened at."""
+    return HookedViT(_timm(depth=1)().double()), images_for("class_token").double()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [one_block, *(pytest.param(partial(tiny, name), marks=pytest.mark.sweep) for name in ("class_token", "siglip"))],
+    ids=["one_block", "class_token", "siglip"],
+)
+def test_every_hook_may_change_its_value_in_every_cut(make):
+    model, images = make()
     model.set_use_attn_result(True)
     for hook in model.hook_dict:
         with model.hooks([(hook, lambda value, hook: 1.25 * value)]):
-            output = model.original.head(decompose(model, images).total)
-            assert decompose(model, images).gap.max() < 1e-10, hook
+            parts = decompose(model, images)
+            assert parts.gap.max() < 1e-10, hook
             assert attribute_tokens(model, images, direction()).gap.max() < 1e-9, hook
-            torch.testing.assert_close(output, model(images))
+            torch.testing.assert_close(model.original.head(parts.total), model(images))
 
 
 def test_a_hook_on_position_embeddings_is_an_intervention_beside_the_constant():

@@ -34,6 +34,8 @@ LAYERS = (
     {"explanation", "patch_maps"},
     {"pictures"},
     {"explain"},
+    {"intervening"},
+    {"intervene"},
     {"clip"},
     {"collecting"},
     {"store"},

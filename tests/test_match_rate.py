@@ -6,7 +6,7 @@ import torch
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.components import Component
 from vitdecomp_lens.errors import InputError, UnknownNameError
-from vitdecomp_lens.interpret import Reading, match_rate, text_span
+from vitdecomp_lens.interpret import Spans, match_rate, text_span
 from vitdecomp_lens.testbed.planted import planted_maps, planted_spans
 
 CLASSES = tuple(f"class {n}" for n in range(20))
@@ -15,16 +15,15 @@ CLASSES = tuple(f"class {n}" for n in range(20))
 def reading(chosen, *, components=None, classes=CLASSES):
     chosen = torch.tensor(chosen)
     count, steps = chosen.shape
-    return Reading(
+    return Spans(
         components=components or tuple(f"L0H{n}" for n in range(count)),
-        bank_texts=classes,
+        bank=TextBank(classes, torch.eye(len(classes)), space="here"),
         chosen=chosen,
         share_explained=torch.zeros(count, steps),
         directions=torch.zeros(count, steps, 3),
         mean=torch.zeros(count, 3),
         ranks=torch.zeros(count, dtype=torch.int64),
-        variant="published",
-        space="here",
+        method="published TextSpan",
         images=5,
     )
 

@@ -1,5 +1,7 @@
 """timm's MaxxVit models: what is particular to them beside what `test_staged` says of every family."""
 
+from functools import cache
+
 import pytest
 import torch
 from PIL import Image
@@ -17,8 +19,9 @@ NAMES = [name for name in STAGED_MODELS if name.startswith(("max", "coat"))]
 SWEPT = [name for name in parametrized(swept=True) if name.values[0] in NAMES]
 
 
-def model_and_images(name, dtype=torch.float64):
-    return HookedViT(STAGED_MODELS[name]().to(dtype)), images_for(name, dtype=dtype)
+@cache  # no test changes a model, and what takes time is to trace one
+def model_and_images(name):
+    return HookedViT(STAGED_MODELS[name]().double()), images_for(name)
 
 
 # --- components and the representation ------------------------------------------------------------------------------

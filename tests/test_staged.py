@@ -1,6 +1,6 @@
 """Windows and stages: what holds for every model of the catalogue, whatever its family."""
 
-from functools import cache
+from functools import lru_cache
 
 import pytest
 import torch
@@ -12,14 +12,16 @@ from vitdecomp_lens.explain import explain
 from vitdecomp_lens.frozen.trace import trace
 from vitdecomp_lens.hooked.blocks import PostNormBlock
 
-NAMES, SWEPT = parametrized(), parametrized(swept=True)
+# With the scope of a module, all tests of one model come one after the other, whatever process they are given to.
+each = pytest.mark.parametrize("name", parametrized(), scope="module")
+one_of_each_kind = pytest.mark.parametrize("name", parametrized(swept=True), scope="module")
 
 
 def model_and_images(name, dtype=torch.float64):
     return HookedViT(STAGED_MODELS[name]().to(dtype)), images_for(name, dtype=dtype)
 
 
-@cache
+@lru_cache(maxsize=2)
 def shared(name, dtype=torch.float64):
     """The same for tests that leave the model as it is: what takes time is to trace it."""
     return model_and_images(name, dtype)
@@ -44,7 +46,7 @@ def components_alone(model, points, images):
             yield hook, part, (graph.replay(cut, recorded, {hook: only}) - nothing).flatten(1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_outputs_are_the_originals(name):
     model, images = model_and_images(name, torch.float32)
     expected = model.original(images)
@@ -60,7 +62,7 @@ def test_outputs_are_the_originals(name):
     [pytest.param(torch.float32, 1e-5, marks=pytest.mark.sweep), (torch.float64, 1e-10)],
     ids=["float32", "float64"],
 )
-@pytest.mark.parametrize("name", SWEPT)
+@one_of_each_kind
 def test_every_cut_is_complete_and_exact(name, dtype, tolerance):
     model, images = shared(name, dtype)
     u = directions(model, images)
@@ -75,7 +77,7 @@ def test_every_cut_is_complete_and_exact(name, dtype, tolerance):
         torch.testing.assert_close(scores.sum_tokens().values.sum(0), expected, rtol=1e-4, atol=1e3 * tolerance)
 
 
-@pytest.mark.parametrize("name", SWEPT)
+@one_of_each_kind
 def test_single_components_are_what_the_replay_gives(name):
     model, images = shared(name)
     points, parts = {p.hook: p for p in model.component_points("head")}, decompose(model, images)
@@ -84,7 +86,7 @@ def test_single_components_are_what_the_replay_gives(name):
         torch.testing.assert_close(parts[component.label], alone, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_every_hook_is_live(name):
     model, images = model_and_images(name)
     model.set_use_attn_result(True)
@@ -95,7 +97,7 @@ def test_every_hook_is_live(name):
         assert not torch.allclose(changed, expected, rtol=0, atol=1e-9), hook
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_what_hooks_see_is_in_rows_of_tokens(name):
     """Every value has as many tokens as its grid says, and as many heads and channels as the configuration."""
     model, images = model_and_images(name)
@@ -113,7 +115,7 @@ def test_what_hooks_see_is_in_rows_of_tokens(name):
             assert value.dim() == 3, hook
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_results_of_heads_sum_to_what_is_added(name):
     model, images = model_and_images(name)
     model.set_use_attn_result(True)
@@ -130,7 +132,7 @@ def test_results_of_heads_sum_to_what_is_added(name):
         torch.testing.assert_close(block.ln1(result) if isinstance(block, PostNormBlock) else result, added)
 
 
-@pytest.mark.parametrize("name", SWEPT)
+@one_of_each_kind
 @pytest.mark.parametrize("kind", ["hook_scale", pytest.param("hook_pattern", marks=pytest.mark.sweep)])
 def test_hooks_that_look_at_statistics_and_patterns_leave_requests_exact(name, kind):
     model, images = shared(name)
@@ -181,7 +183,7 @@ def values_of(name):
         yield from ((number, f"blocks.{number}.{attn}.hook_v") for attn in block.attentions)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_a_patch_moves_the_tokens_that_hold_it_and_no_others(name):
     """Whatever the shift, the window, the grid: with all branches silent, one patch reaches the tokens that hold it."""
     model, images = shared(name)
@@ -211,7 +213,7 @@ def test_a_patch_moves_the_tokens_that_hold_it_and_no_others(name):
             assert found or name.startswith("hiera"), hook
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_a_patch_of_pixels_moves_its_own_embedding(name):
     model, images = shared(name)
     grid, reach = model.token_grid(images), OVERLAP.get(name[:3], 0)
@@ -228,7 +230,7 @@ def test_a_patch_of_pixels_moves_its_own_embedding(name):
         assert change.max() < 1e-12
 
 
-@pytest.mark.parametrize("name", SWEPT)
+@one_of_each_kind
 def test_scores_by_token_are_those_of_the_token_that_is_moved(name):
     """The replay of the cut at ``hook_v`` with nothing but one token's values is the score of that token."""
     model, images = shared(name)
@@ -249,7 +251,7 @@ def test_scores_by_token_are_those_of_the_token_that_is_moved(name):
             torch.testing.assert_close(scores[label][:, token], alone, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_stages_are_said(name):
     model, images = shared(name)
     assert [number for stage in model.stages for number in stage] == list(range(len(model.hooked_blocks)))
@@ -263,7 +265,7 @@ def test_stages_are_said(name):
 # --- uses -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SWEPT)
+@one_of_each_kind
 def test_a_photograph_is_explained_on_one_canvas(name):
     module = STAGED_MODELS[name]()
     module.pretrained_cfg = {"input_size": (3, *size_of(name)), "crop_pct": 1.0}
@@ -278,7 +280,7 @@ def test_a_photograph_is_explained_on_one_canvas(name):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_verify_certifies(name):
     certificate = verify(HookedViT(STAGED_MODELS[name]()), images_for(name, dtype=torch.float32))
     assert certificate.supported, certificate.failures

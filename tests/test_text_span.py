@@ -254,9 +254,24 @@ def test_reconstruction_and_residual_are_the_contributions_and_share_the_varianc
     torch.testing.assert_close(kept.values + rest.values, parts.values)
     variances = [one.values.var(1).sum(-1) for one in (kept, parts)]
     torch.testing.assert_close(variances[0] / variances[1], spans.share_explained[:, -1])
-    coefficients = spans.coefficients(parts)
-    assert coefficients.shape == (4, 150, 5)
-    torch.testing.assert_close(coefficients.var(1).cumsum(1) / variances[1][:, None], spans.share_explained)
+    scores = spans.scores(parts)
+    assert scores.shape == (4, 150, 5)
+    torch.testing.assert_close(scores.var(1).cumsum(1) / variances[1][:, None], spans.share_explained)
+
+
+@BOTH
+def test_coefficients_are_of_the_texts_within_the_directions_they_were_compared_in(variant):
+    parts, bank = sample(), bank_of(120, 100)
+    spans = text_span(parts, bank, steps=5, rank=100, variant=variant)
+    coefficients, kept = spans.coefficients(parts), spans.reconstruction(parts)
+    for row, label in enumerate(parts.labels):
+        spanning = parts[label] if variant == "published" else parts[label] - parts[label].mean(0)
+        axes = torch.linalg.svd(spanning, full_matrices=False).Vh[: RANKS[row]]
+        chosen = spans.chosen[row][spans.chosen[row] >= 0]
+        texts = bank.directions[chosen] @ axes.T @ axes
+        within = coefficients[row, :, : len(chosen)] @ texts
+        torch.testing.assert_close(within + parts[label].mean(0), kept[label], rtol=1e-6, atol=1e-6)
+        assert not coefficients[row, :, len(chosen) :].any()
 
 
 def test_a_reading_applies_to_other_images_and_to_components_in_another_order():
@@ -288,9 +303,9 @@ def test_nothing_is_written_into_what_was_given_and_no_graph_is_made():
 def test_a_reading_says_what_it_is():
     spans = text_span(sample(), bank_of(120, 100))
     assert repr(spans) == (
-        "Reading(component=4, step=20, published: 4 head (layer 0); 120 texts of 'here', 150 images)"
+        "Spans(component=4, step=20, published TextSpan: 4 head (layer 0); 120 texts of 'here', 150 images)"
     )
-    assert (len(spans), spans.variant, spans.images) == (4, "published", 150)
+    assert (len(spans), spans.method, spans.images) == (4, "published TextSpan", 150)
 
 
 def test_bad_input_is_refused():

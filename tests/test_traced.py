@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import timm
@@ -29,6 +29,13 @@ def made(name):
     return STAGED_MODELS[name]().double(), staged_images(name, 2)
 
 
+@cache
+def shared(name):
+    """A plain model, the same hooked, and images, for tests that leave them as they are: to trace takes time."""
+    model, x = made(name)
+    return model, HookedViT(model), x
+
+
 def of_kind(parts, kind):
     return [value for value, component in zip(parts.values, parts.components, strict=True) if component.kind == kind]
 
@@ -41,8 +48,8 @@ SWEPT = ["dinov2_reg", "mean_pool_fc_norm", "xcit", "swin_v2", "coatnet"]
     "name", [pytest.param(name, marks=[pytest.mark.sweep] * (name in SWEPT)) for name in [*COLUMNS, *STAGED]]
 )
 def test_a_traced_model_and_its_adapter_agree_component_by_component(name, by):
-    model, x = made(name)
-    hooked, traced = decompose(HookedViT(model), x, by=by), decompose(model, x, by=by)
+    model, adapted, x = shared(name)
+    hooked, traced = decompose(adapted, x, by=by), decompose(model, x, by=by)
     assert (traced.gap < 1e-10).all()
     torch.testing.assert_close(traced.total, hooked.total, rtol=0, atol=1e-12)
     for kind in PARTS:  # a block's branches may come in another order
@@ -59,8 +66,7 @@ TOKENS = ["layer_scale", "dinov2_reg", "open_clip", "swin", "swin_v2", "maxvit",
 @pytest.mark.filterwarnings("ignore:aten..(amax|scaled_dot):vitdecomp_lens.errors.VitDecompWarning")
 @pytest.mark.parametrize("name", TOKENS)
 def test_token_maps_of_a_traced_model_lie_where_its_adapter_says(name):
-    model, x = made(name)
-    hooked = HookedViT(model)
+    model, hooked, x = shared(name)
     width = decompose(hooked, x[:1], by="layer").total.shape[-1]
     u = torch.randn(2, width, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     maps = []
@@ -78,7 +84,7 @@ def test_token_maps_of_a_traced_model_lie_where_its_adapter_says(name):
 
 
 def test_scores_of_a_traced_model_are_the_projections_of_its_vectors():
-    model, x = made("swin")
+    model, _, x = shared("swin")
     u = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     parts, scores = decompose(model, x), attribute(model, x, u)
     assert scores.labels == parts.labels
@@ -86,7 +92,7 @@ def test_scores_of_a_traced_model_are_the_projections_of_its_vectors():
 
 
 def test_components_are_named_by_module_path(tmp_path):
-    model, x = made("layer_scale")
+    model, _, x = shared("layer_scale")
     parts = decompose(model, x)
     assert parts.labels[:3] == ("embed", "blocks.0.attn.H0", "blocks.0.attn.H1")
     assert "blocks.1.mlp" in parts
@@ -100,7 +106,7 @@ def test_components_are_named_by_module_path(tmp_path):
 
 
 def test_logits_functions_and_embeddings_of_a_traced_model_are_read():
-    model, x = made("class_token")
+    model, _, x = shared("class_token")
     torch.testing.assert_close(decompose(model, x, of="logits").total, model(x).detach(), rtol=0, atol=1e-12)
     parts = decompose(model, x, of=lambda module, images: module.forward_features(images)[:, 1:].mean(1))
     assert (parts.gap < 1e-10).all()
@@ -134,7 +140,7 @@ def test_gradients_reach_the_images_as_through_the_adapter():
 
 
 def test_pieces_of_a_batch_give_what_the_whole_gives():
-    model, x = made("swin")
+    model, _, x = shared("swin")
     x = torch.cat([x, x.flip(-1), x[:1]])
     whole, pieces = decompose(model, x), decompose(model, x, batch_size=2)
     torch.testing.assert_close(pieces.values, whole.values, rtol=0, atol=1e-12)

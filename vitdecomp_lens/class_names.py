@@ -1,13 +1,50 @@
-"""Names of classes: ImageNet's, which timm carries, or one's own; and finding a class by what somebody calls it."""
+"""Names of classes: ImageNet's, which timm carries, or one's own; finding a class; which question classes answer."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import accumulate
 
 from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
 
 SUGGESTED = 5
+
+
+@dataclass(frozen=True)
+class Question:
+    """Classes of which one is the answer: probabilities are among these, and sum to 1.
+
+    Most classifiers answer one question with all their classes. One that names an object's shape and its colour, say,
+    answers several, and its logits of shapes say nothing of those of colours.
+
+    Attributes:
+        name: Such as ``"colour"``; empty where a classifier answers only one.
+        classes: Their indices.
+    """
+
+    name: str
+    classes: range
+
+    @classmethod
+    def of(cls, num_classes: int, sizes: Mapping[str, int] | None = None) -> "tuple[Question, ...]":
+        """The questions of a classifier, whose classes come in their order.
+
+        Args:
+            num_classes: How many classes there are.
+            sizes: How many of them answer each question. If they do not come to all classes, they are another
+                classifier's, and this one has one question.
+
+        Example:
+            >>> Question.of(5, {"shape": 3, "colour": 2})
+            (Question(name='shape', classes=range(0, 3)), Question(name='colour', classes=range(3, 5)))
+            >>> Question.of(7, {"shape": 3, "colour": 2})
+            (Question(name='', classes=range(0, 7)),)
+        """
+        if not sizes or min(sizes.values()) < 1 or sum(sizes.values()) != num_classes:
+            return (cls("", range(num_classes)),)
+        ends = list(accumulate(sizes.values()))
+        return tuple(cls(name, range(end - size, end)) for (name, size), end in zip(sizes.items(), ends, strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,21 @@
-"""The command line: ``vitdecomp-lens verify``, ``explain``, and the commands of ``vitdecomp_lens.commands``.
+"""The command line: the parser, and what becomes of errors. The commands are in ``vitdecomp_lens.commands``.
 
 Results go to standard output, progress and errors to standard error. The exit code is 0 if all is well, 1 if a model
 is not supported or a photograph could not be explained, 2 if the request cannot be carried out as it is.
 """
 
 import argparse
-import json
 import logging
-import os
-import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.text import Text
-from torch import nn
 
-from vitdecomp_lens.certificate import WIDTH
-from vitdecomp_lens.commands import align, collect
-from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, positive
-from vitdecomp_lens.errors import InputError, VitDecompError
-from vitdecomp_lens.explain import Explainer
-from vitdecomp_lens.explanation import FORMAT, VERSION, Explanation, printable
-from vitdecomp_lens.hooked import HookedViT
-from vitdecomp_lens.hooked.preprocess import open_upright
-from vitdecomp_lens.pictures import INSTALL, can_draw, save_picture
-from vitdecomp_lens.verify import NONE_STATED, verify
+from vitdecomp_lens.commands import align, collect, explain, interpret, verify
+from vitdecomp_lens.commands.showing import say_error
+from vitdecomp_lens.errors import VitDecompError
 
-LONGEST_NAME = 100
-SHOWN = range(4)  # scenes that are explained where no photographs are given
+COMMANDS = (verify, explain, collect, align, interpret)  # as the help lists them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options, errors)
     except VitDecompError as error:
-        _say_error(errors, error)
+        say_error(errors, error)
         return 2
     except KeyboardInterrupt:
         errors.print("Stopped.")
@@ -65,251 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vitdecomp-lens", description=__import__("vitdecomp_lens").__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('vitdecomp-lens')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check = commands.add_parser(
-        "verify",
-        help="check that a model is decomposed exactly",
-        description="Measure a model and print its certificate: parity with the original, gaps of every cut in "
-        "float32 and float64, coverage, live hooks, cost. Without weights, a model has its initial values, perturbed.",
-    )
-    check.add_argument("name", metavar="NAME", help="name of a model of timm, such as test_vit")
-    check.add_argument("--open-clip", action="store_true", help="NAME is one of open_clip's, such as ViT-B-16")
-    add_weights(check)
-    check.add_argument("--images", type=positive, default=2, metavar="N", help="how many random images (2)")
-    check.add_argument("--seed", type=int, default=0, help="of all random numbers (0)")
-    check.add_argument("--json", type=Path, metavar="FILE", help="write the certificate as JSON, too")
-    check.set_defaults(run=_verify)
-    tell = commands.add_parser(
-        "explain",
-        help="show what writes a class's logit for photographs",
-        description="For each photograph: what the model says, the components that write the logit of the likeliest "
-        "class (or of --class), and a picture of the patches it comes from. Tables are printed; pictures and one JSON "
-        "file are written to --out.",
-    )
-    photographs = "a photograph; a model of the testbed has scenes of its own"
-    tell.add_argument("photographs", nargs="*", metavar="IMAGE", help=photographs)
-    named = "name of a model of timm, with a classifier; or testbed/NAME"
-    tell.add_argument("--model", required=True, metavar="NAME", help=named)
-    add_weights(tell)
-    tell.add_argument("--class", dest="class_", metavar="CLASS", help="index, name or WordNet number of a class")
-    tell.add_argument("--class-names", type=Path, metavar="FILE", help="names of the classes, one a line")
-    tell.add_argument("--by", choices=("layer", "head", "neuron"), default="head", help="what components are (head)")
-    tell.add_argument("--top", type=positive, default=10, metavar="K", help="how many components to show (10)")
-    tell.add_argument("--relative", action="store_true", help="explain the logit minus the mean of all logits")
-    tell.add_argument(
-        "--out", type=Path, default=Path("explained"), metavar="DIR", help="folder to write to (explained)"
-    )
-    tell.set_defaults(run=_explain)
-    for command in (collect, align):
+    for command in COMMANDS:
         command.add_to(commands)
     return parser
-
-
-@contextmanager
-def _progress(console: Console, what: str) -> Iterator[tuple[Progress, TaskID]]:
-    """A progress bar on standard error, gone once it is done; nothing where that is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress, progress.add_task(what, total=1.0)
-
-
-def _licence(model: nn.Module, options: argparse.Namespace) -> str:
-    stated = (getattr(model, "pretrained_cfg", None) or {}).get("license")
-    if options.weights or not stated:
-        return NONE_STATED
-    return f"{stated}, as timm states it" if options.pretrained else f"{stated}, of timm's weights (not loaded)"
-
-
-# --- verify -----------------------------------------------------------------------------------------------------
-
-
-def _verify(options: argparse.Namespace, errors: Console) -> int:
-    with _progress(errors, "loading") as (progress, task):
-        model, origin = named_model(options.name, options, open_clip=options.open_clip)
-        certificate = verify(
-            model,
-            name=options.name,
-            weights=origin,
-            licence=_licence(model, options),
-            perturb=origin == "initial values",
-            count=options.images,
-            seed=options.seed,
-            progress=lambda what, share: progress.update(task, description=what, completed=share),
-        )
-    _tables().print(certificate)
-    if options.json:
-        _write(options.json, certificate.to_json())
-    return 0 if certificate.supported else 1
-
-
-def _tables() -> Console:
-    # Piped into a file, tables have the width that they are made for.
-    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{str(path)!r} cannot be written: {error}. Choose another place.")
-
-
-def _say_error(errors: Console, error: VitDecompError) -> None:
-    errors.print(Text.assemble(("Error: ", "bold red"), printable(str(error))), soft_wrap=True)
-
-
-# --- explain ----------------------------------------------------------------------------------------------------
-
-
-def _explain(options: argparse.Namespace, errors: Console) -> int:
-    _check_folder(options.out)
-    photographs = options.photographs or _scenes(options)
-    tables, draws, count = _tables(), can_draw(), len(photographs)
-    names = PictureNames(options.out)
-    failed = 0
-    with _progress(errors, "loading") as (progress, task):
-        explainer = _explainer(options, errors)
-        with ExplanationsFile(options.out / "explanations.json") as file:
-            for number, path in enumerate(photographs):
-                progress.update(task, description=printable(Path(path).name)[:30], completed=number / count)
-                try:
-                    explanation = explainer.explain(path, name=path)
-                except InputError as error:
-                    failed += 1
-                    _say_error(progress.console, error)
-                    continue
-                tables.print(explanation.table(options.top))
-                tables.print()
-                file.add(explanation, picture=_draw(explanation, names) if draws else None)
-    if file.count:
-        pictures = f"{file.count} {'picture' if file.count == 1 else 'pictures'} and " if draws else ""
-        errors.print(Text(f"Written to {printable(str(options.out))}: {pictures}explanations.json."), soft_wrap=True)
-    if not draws:
-        errors.print(Text(INSTALL), soft_wrap=True)
-    return 1 if failed else 0
-
-
-def _scenes(options: argparse.Namespace) -> list[str]:
-    """Drawn scenes as files, for a model of the testbed that is given no photographs."""
-    if not options.model.startswith(TESTBED):
-        raise InputError("Expected photographs to explain; got none. Models of the testbed bring scenes of their own.")
-    from vitdecomp_lens import testbed
-
-    folder, paths = options.out / "scenes", []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for scene in testbed.Scenes("test").scenes(SHOWN):
-            path = folder / f"{'-'.join(scene.caption.split())}.png"
-            scene.picture.save(path)
-            paths.append(str(path))
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    return paths
-
-
-def _check_folder(out: Path) -> None:
-    """Refuse a place in which no folder can be made, before anything is computed."""
-    nearest = next((path for path in (out, *out.parents) if os.path.exists(path)), out)
-    if os.path.exists(nearest) and not nearest.is_dir():
-        raise InputError(f"--out must be a folder; {str(nearest)!r} is a file. Choose another place.")
-
-
-class ExplanationsFile:
-    """One JSON file of explanations, written as they come; it has its name only once it is whole.
-
-    Args:
-        path: The file. Its folder is made with the first explanation.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
-        self.part = path.with_name(path.name + ".part")
-
-    def __enter__(self) -> "ExplanationsFile":
-        return self
-
-    def add(self, explanation: Explanation, *, picture: str | None) -> None:
-        """Write one more, with the name of its picture."""
-        head = json.dumps({"format": FORMAT, "version": VERSION})[:-1] + ', "explanations": [\n'
-        packed = explanation.as_dict() | {"picture": picture}
-        text = json.dumps(packed, ensure_ascii=False, allow_nan=False)
-        self._append((",\n" if self.count else head) + text, mode="a" if self.count else "w")
-        self.count += 1
-
-    def _append(self, text: str, *, mode: str = "a") -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.part.open(mode, encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.count and kind is None:
-            self._append("\n]}\n")
-            self.part.replace(self.path)
-        elif self.count:
-            self.part.unlink(missing_ok=True)
-
-
-def _explainer(options: argparse.Namespace, errors: Console) -> Explainer:
-    model, origin = named_model(options.model, options)
-    if origin == "initial values":
-        note = (
-            "Note: the model has random initial values. Give --pretrained, or --weights FILE, to explain a trained one."
-        )
-        errors.print(Text(note), soft_wrap=True)
-    class_names = None
-    if options.class_names:
-        try:
-            class_names = options.class_names.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"The class names cannot be read: {error}. Give a text file, one name a line.") from error
-    return Explainer(
-        HookedViT(model),
-        class_=options.class_,
-        by=options.by,
-        top=options.top,
-        class_names=class_names,
-        relative=options.relative,
-    )
-
-
-def _draw(explanation: Explanation, names: "PictureNames") -> str:
-    name = names.next(explanation.image)
-    try:
-        names.folder.mkdir(parents=True, exist_ok=True)
-        save_picture(explanation, open_upright(explanation.image), names.folder / name)
-    except OSError as error:
-        raise _unwritable(names.folder / name, error) from error
-    return name
-
-
-class PictureNames:
-    """File names for pictures, made from those of photographs: harmless, and each only once.
-
-    Args:
-        folder: Where the pictures go.
-
-    Example:
-        >>> names = PictureNames(Path("explained"))
-        >>> names.next("a/cat.jpg"), names.next("b/Cat.png"), names.next("-rf $(x).jpg")
-        ('cat.png', 'Cat-2.png', 'rf_x.png')
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.taken: set[str] = set()
-
-    def next(self, photograph: str) -> str:
-        """A name for the picture of a photograph."""
-        stem = re.sub(r"[^\w.-]+", "_", Path(photograph).stem)[:LONGEST_NAME].strip("._-") or "photograph"
-        name, number = f"{stem}.png", 2
-        while name.casefold() in self.taken:  # not every file system tells cases apart
-            name, number = f"{stem}-{number}.png", number + 1
-        self.taken.add(name.casefold())
-        return name

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from vitdecomp_lens.capture import Captured
 from vitdecomp_lens.components import By
-from vitdecomp_lens.decomposition import Attribution, Decomposition
+from vitdecomp_lens.decomposition import Attribution, ComponentMaps, Decomposition
 from vitdecomp_lens.errors import GapError, InputError
 from vitdecomp_lens.frozen.trace import Read
-from vitdecomp_lens.request import MAX_BYTES, Request, make_request, on_pieces, refuse_too_large
+from vitdecomp_lens.gap import summed
+from vitdecomp_lens.request import MAX_BYTES, Mapped, Request, make_request, on_pieces, refuse_too_large
 from vitdecomp_lens.token_maps import TokenMaps
 from vitdecomp_lens.tokens import TokenAttribution
 
@@ -76,7 +77,7 @@ def decompose(
     """
     labels, components = _split(components)
     request = make_request(model, images, by, of, None, tokens=False, labels=labels)
-    values, total = _contributions(request, components, batch_size, max_bytes)
+    values, _, total = _contributions(request, components, batch_size, max_bytes)
     whole, found = request.labelled(components)
     if of == "embedding":
         norm = total.norm(dim=-1, keepdim=True)
@@ -89,8 +90,9 @@ def decompose(
 def attribute(
     model: nn.Module,
     images: Float[Tensor, "batch channel height width"],
-    directions: Float[Tensor, "direction d_rep"],
+    directions: Float[Tensor, "direction d_out"],
     *,
+    through: ComponentMaps | None = None,
     by: By = "head",
     of: Read = "representation",
     names: Sequence[str] | None = None,
@@ -100,12 +102,17 @@ def attribute(
 ) -> Attribution:
     """The score ⟨u, A_c(a_c)⟩ of every component along every direction u, without making the vectors.
 
-    It is what ``decompose(...).project(directions)`` gives, at the cost of the directions only.
+    It is what ``decompose(...).project(directions)`` gives, at the cost of the directions only; and through an
+    aligner, with ⟨u, f_c(A_c(a_c))⟩, what ``decompose(...).map(aligner).project(directions)`` gives.
 
     Args:
         model: As for `decompose`.
         images: As for `decompose`.
-        directions: Any vectors in the space of ``of``, as rows.
+        directions: Any vectors in the space of ``of``, as rows; through an aligner, in the space that it leads to.
+        through: An aligner made for these components, such as `vitdecomp_lens.clip.Aligner`: a linear map f_c for each
+            and one bias for their sum, which becomes the constant ``aligner.bias``. The total is then by definition the
+            sum of all that; what is checked is that the components, before they are mapped, sum to what the model
+            computed.
         by: As for `decompose`.
         of: As for `decompose`.
         names: A name for each direction.
@@ -117,7 +124,7 @@ def attribute(
         Scores ``[component, batch, direction]``.
 
     Raises:
-        InputError: Also if the directions do not fit the space.
+        InputError: Also if the directions do not fit the space, or the aligner not the model and cut.
         VitDecompError: As `decompose`.
 
     Example:
@@ -128,25 +135,29 @@ def attribute(
         torch.Size([2, 5])
     """
     labels, components = _split(components)
-    request = make_request(model, images, by, of, directions, tokens=False, labels=labels)
-    directions = request.along
-    values, vectors = _contributions(request, components, batch_size, max_bytes)
+    request = make_request(model, images, by, of, directions, tokens=False, labels=labels, through=through)
+    directions, mapped = request.along, request.mapped
+    values, vectors, total = _contributions(request, components, batch_size, max_bytes)
     vectors = vectors.to(values.dtype)
     whole, found = request.labelled(components)
     if of == "embedding":
         norm = vectors.norm(dim=-1, keepdim=True)
-        values, vectors = values / norm, vectors / norm
+        values, vectors, total = values / norm, vectors / norm, total / norm
+    if mapped is not None:
+        if _is_exact(images):
+            _check_witness(total[:, -1:], vectors, mapped)
+        values, total = values[..., :-1].contiguous(), total[:, :-1]
     scores = Attribution(
         values,
         found,
-        vectors @ directions.T,
+        total,
         complete=whole,
         coverage=request.coverage,
         metadata=request.metadata,
         directions=None if names is None else tuple(names),
     )
     scores = scores if components is not None else _without_idle_interventions(scores)
-    if whole and _is_exact(images):
+    if mapped is None and whole and _is_exact(images):
         _check_scores(scores, vectors.norm(dim=-1, keepdim=True), directions)
     return scores
 
@@ -154,8 +165,9 @@ def attribute(
 def attribute_tokens(
     model: nn.Module,
     images: Float[Tensor, "batch channel height width"],
-    directions: Float[Tensor, "direction d_rep"],
+    directions: Float[Tensor, "direction d_out"],
     *,
+    through: ComponentMaps | None = None,
     by: By = "head",
     of: Read = "representation",
     names: Sequence[str] | None = None,
@@ -173,6 +185,8 @@ def attribute_tokens(
         model: As for `decompose`.
         images: As for `decompose`.
         directions: As for `attribute`.
+        through: As for `attribute`. Whatever a token writes through a component is read through that component's map,
+            constants within the component (an attention's output bias, for ``by="layer"``) too.
         by: As for `decompose`; ``"layer"`` sums over heads.
         of: As for `decompose`.
         names: A name for each direction.
@@ -194,7 +208,7 @@ def attribute_tokens(
         (torch.Size([1, 101, 1]), torch.Size([160, 160]))
     """
     labels, components = _split(components)
-    request = make_request(model, images, by, of, directions, tokens=True, labels=labels)
+    request = make_request(model, images, by, of, directions, tokens=True, labels=labels, through=through)
     maps = TokenMaps(request, components, max_bytes)
     on_pieces(request, maps.reads, maps.add, maps.at_once(), batch_size=batch_size)
     if of == "embedding":
@@ -202,8 +216,10 @@ def attribute_tokens(
     scores = maps.result(names)
     if components is None:
         scores = replace(scores, untokened=_without_idle_interventions(scores.untokened))
-    if scores.complete and _is_exact(images):
-        _check_scores(scores, maps.norm, request.along)
+    if request.mapped is not None and _is_exact(images):
+        _check_witness(maps.sums[:, -1:], maps.vectors, request.mapped)
+    elif scores.complete and _is_exact(images):
+        _check_scores(scores, maps.vectors.norm(dim=-1, keepdim=True), request.along)
     return scores
 
 
@@ -223,11 +239,11 @@ def _split(
 
 def _contributions(
     request: Request, components: Sequence[str] | None, batch_size: int | None, max_bytes: int
-) -> tuple[Tensor, Tensor]:
-    """Values of the wanted components, and the model's own vectors."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of the wanted components, the model's own vectors, and the total of the values."""
     wanted = request.labelled(components)[1]
     places = {component: place for place, component in enumerate(wanted)}
-    read = [p for p in request.met if not places.keys().isdisjoint(request.components_of(p))]
+    read = [p for p in request.met if request.mapped or not places.keys().isdisjoint(request.components_of(p))]
     program, count = request.program, len(request.images)
     # What a point holds is computed as a whole, wanted or not.
     rows = sum(len(request.components_of(p)) for p in read) + len(request.others)
@@ -240,20 +256,30 @@ def _contributions(
 
     at_once = {p.hook: partial(sum_at_once, p.hook) for p in read if p.hook in program.summed_first}
 
-    def use(_images: slice, captured: Captured) -> tuple[Tensor, Tensor]:
+    def use(_images: slice, captured: Captured) -> tuple[Tensor, Tensor, Tensor]:
+        request.refuse_strangers(captured)
         batch = len(captured.total)
         weights = program.weights(captured.read, batch)
         names = [p.hook for p in read] + list(request.changed)
         written = program.contributions({**captured.kept, **sums}, weights, batch, only=names, summed=sums)
-        values = torch.cat([*(written[name] for name in names), program.shifted(weights, batch)])
+        values = torch.cat([*(written[name] for name in names), request.of_constants(captured, weights)])
+        total = _total(request, values, captured.total)
         found = [c for p in read for c in request.components_of(p)] + list(request.others)
         if found == list(wanted):
-            return values, captured.total
+            return values, captured.total, total
         row_of = {component: row for row, component in enumerate(found)}
-        return values[[row_of[component] for component in wanted]], captured.total
+        return values[[row_of[component] for component in wanted]], captured.total, total
 
-    pieces, totals = zip(*on_pieces(request, [p.hook for p in read], use, at_once, batch_size=batch_size), strict=True)
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)), torch.cat(totals)
+    found = on_pieces(request, [p.hook for p in read], use, at_once, batch_size=batch_size)
+    pieces, vectors, totals = zip(*found, strict=True)
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)), torch.cat(vectors), torch.cat(totals)
+
+
+def _total(request: Request, values: Tensor, vectors: Tensor) -> Tensor:
+    """What the model's own vectors give; through an aligner, by definition the sum of all components."""
+    if request.mapped is not None:
+        return summed(values)
+    return vectors if request.directions is None else vectors.to(values.dtype) @ request.along.T
 
 
 # --- afterwards ------------------------------------------------------------------------------------------------------
@@ -297,4 +323,21 @@ def _check_scores(
         raise GapError(
             f"The scores of image {image} along direction {direction} do not sum to the model's own: off by"
             f" {float(gap[image, direction]):.1e} of ‖u‖‖z‖; allowed is {tolerance:.1e}."
+        )
+
+
+def _check_witness(written: Float[Tensor, "batch 1"], vectors: Float[Tensor, "batch d_rep"], mapped: Mapped) -> None:
+    """Check that before they are mapped components sum to what the model computed, along a direction of its own.
+
+    Raises:
+        GapError: Names the worst image.
+    """
+    rest = vectors @ mapped.witness.T - written
+    gap = (rest / vectors.norm(dim=-1, keepdim=True)).abs().masked_fill(rest == 0, 0)
+    tolerance = TOLERANCES[vectors.dtype]
+    if not bool((gap <= tolerance).all()):
+        image = int(gap.nan_to_num(nan=torch.inf).argmax())
+        raise GapError(
+            f"The components of image {image} do not sum to what the model computed: off by {float(gap[image]):.1e} of"
+            f" ‖z‖; allowed is {tolerance:.1e}. What is mapped is not the whole."
         )

@@ -246,14 +246,7 @@ class Decomposition(Labelled):
                 "this one is incomplete. Map first, then select or ablate."
             )
         self._refuse_width(tuple(aligner.maps.shape), 1, 3)
-        known = {component.label: row for row, component in enumerate(aligner.components)}
-        if set(known) != set(self.labels):
-            strange = next(label for label in (*self.labels, *known) if (label in known) != (label in self))
-            raise InputError(
-                f"Expected an aligner made for these components; it has {len(known)}, the decomposition {len(self)}, "
-                f"and {strange!r} is in only one of them. Fit it on the same model and cut, or group(by=...) to its."
-            )
-        maps = aligner.maps[[known[label] for label in self.labels]].to(self.values)
+        maps = aligner.maps[rows_of_maps(aligner, self.labels)].to(self.values)
         mapped = einsum(self.values, maps, "component batch d_rep, component d_rep d_clip -> component batch d_clip")
         bias = aligner.bias.to(mapped).expand(1, *mapped.shape[1:])
         values = torch.cat([mapped, bias])
@@ -339,6 +332,22 @@ class Decomposition(Labelled):
         size = (self.values.shape[1],)
         drawn = torch.randint(reference.values.shape[1], size, generator=generator, device=generator.device)
         return taken[:, drawn.to(taken.device)]
+
+
+def rows_of_maps(aligner: ComponentMaps, labels: Sequence[str]) -> list[int]:
+    """Which of an aligner's maps are whose.
+
+    Raises:
+        InputError: Where it was made for other components.
+    """
+    known = {component.label: row for row, component in enumerate(aligner.components)}
+    if set(known) != set(labels):
+        strange = next(label for label in (*labels, *known) if (label in known) != (label in labels))
+        raise InputError(
+            f"Expected an aligner made for these components; it has {len(known)}, the decomposition {len(labels)}, "
+            f"and {strange!r} is in only one of them. Fit it on the same model and cut, or group(by=...) to its."
+        )
+    return [known[label] for label in labels]
 
 
 def _times(vectors: Float[Tensor, "*axes d_rep"], matrix: Float[Tensor, "d_rep d_out"]) -> Any:

@@ -3,16 +3,17 @@
 For the logits of a classifier. For scores along other directions, such as texts, see `attribute_tokens`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vitdecomp_lens.class_names import ClassNames
+from vitdecomp_lens.class_names import ClassNames, Question
 from vitdecomp_lens.components import By, Component, TokenGrid
 from vitdecomp_lens.decompose import attribute, attribute_tokens
 from vitdecomp_lens.decomposition import Attribution
@@ -38,19 +39,22 @@ def explain(
 ) -> tuple[Explanation, ...]:
     """Explain the logit of a class by what every component writes along it, for each photograph.
 
-    logit_c = Σ_components ⟨e_c, A(a)⟩, exactly; with ``relative``, the direction e_c - 1/K in place of e_c. Where an
+    logit_c = Σ_components ⟨e_c, A(a)⟩, exactly; with ``relative``, the direction e_c - 1/K in place of e_c, where K
+    classes answer the question that c answers: mostly all of them. A classifier that answers several questions (shape,
+    colour...) says so in its configuration by ``label_groups``, the number of classes of each by name. Where an
     activation function stands between the representation h and the classifier (MaxViT's tanh), it is frozen at each
     photograph as the factor tanh(h) / h. Photographs are made upright as their EXIF data say.
 
     Args:
         model: A `HookedViT` with a classifier.
         images: PIL images or paths.
-        class_: Which class, by index or name; by default the likeliest of each photograph.
+        class_: Which class, by index or name; by default the likeliest of each photograph, of the first question.
         by: What the components are, as for `decompose`.
         top: How many components get a heatmap of their own.
         class_names: A name for each class; by default those that the model's configuration lists (timm's
             ``label_names``), or ImageNet's, where timm has a list of as many classes.
-        relative: Whether to explain the logit minus the mean of all logits, which gives the same probabilities.
+        relative: Whether to explain the logit minus the mean of all logits that answer the same question, which gives
+            the same probabilities.
 
     Returns:
         An `Explanation` for each photograph, in order.
@@ -100,8 +104,11 @@ class Explainer:
         if top < 0:
             raise InputError(f"Expected top= of at least 0; got {top}.")
         self.model, self.by, self.top, self.relative = model, by, top, relative
-        self.names = ClassNames.of(_num_classes(model), _label_names(model) if class_names is None else class_names)
+        count = _num_classes(model)
+        self.names = ClassNames.of(count, _label_names(model) if class_names is None else class_names)
         self.wanted = None if class_ is None else self.names.find(class_)
+        questions = Question.of(count, _label_groups(model))
+        self.question = next(one for one in questions if (self.wanted or 0) in one.classes)
 
     def explain(self, photograph: Photograph, *, name: str) -> Explanation:
         """Explain one photograph, under the name that it has in messages and results."""
@@ -109,11 +116,12 @@ class Explainer:
         image = self.model.preprocess([upright])
         with torch.no_grad():
             logits = self.model(image)[0].double()
-        index = int(logits.argmax()) if self.wanted is None else self.wanted
+        answers = list(self.question.classes)
+        index = answers[int(logits[answers].argmax())] if self.wanted is None else self.wanted
         direction = torch.zeros(1, len(logits), dtype=torch.float64)
         direction[0, index] = 1
         if self.relative:
-            direction -= 1 / len(logits)
+            direction[0, answers] -= 1 / len(answers)
         with torch.no_grad():
             scores, tokens = self._read(image, direction.to(image))
         logit = float(scores.total)  # type: ignore[arg-type]
@@ -128,6 +136,7 @@ class Explainer:
             relative=self.relative,
             index=index,
             name=self.names.names[index],
+            question=self.question.name,
             logit=logit,
             predictions=tuple(self._predictions(logits)),
             contributions=contributions,
@@ -151,9 +160,12 @@ class Explainer:
         return _with_constant(scores, "classifier's bias", (direction @ bias).cpu()), tokens
 
     def _predictions(self, logits: Float[Tensor, "class"]) -> Iterator[Prediction]:
+        answers = self.question.classes
+        logits = logits[list(answers)]
         probabilities = logits.softmax(0)
-        for index in logits.topk(min(PREDICTIONS, len(logits))).indices.tolist():
-            yield Prediction(index, self.names.names[index], float(probabilities[index]), float(logits[index]))
+        for place in logits.topk(min(PREDICTIONS, len(answers))).indices.tolist():
+            index = answers[place]
+            yield Prediction(index, self.names.names[index], float(probabilities[place]), float(logits[place]))
 
 
 def _num_classes(model: HookedViT) -> int:
@@ -168,8 +180,17 @@ def _num_classes(model: HookedViT) -> int:
 
 def _label_names(model: HookedViT) -> Sequence[str] | None:
     """The names of classes that a timm model brings along, if they are those of its classifier."""
-    names = (getattr(model.original, "pretrained_cfg", None) or {}).get("label_names") or ()
+    names = _configured(model).get("label_names") or ()
     return names if len(names) == _num_classes(model) else None  # a classifier may have been replaced
+
+
+def _label_groups(model: HookedViT) -> Mapping[str, int] | None:
+    """How many classes answer each of a model's questions, where its configuration says so."""
+    return _configured(model).get("label_groups")
+
+
+def _configured(model: HookedViT) -> Mapping[str, Any]:
+    return getattr(model.original, "pretrained_cfg", None) or {}
 
 
 def _with_constant(scores: Attribution, name: str, value: Float[Tensor, "direction"]) -> Attribution:
@@ -185,8 +206,7 @@ def _with_constant(scores: Attribution, name: str, value: Float[Tensor, "directi
 
 
 def _model_name(model: HookedViT) -> str:
-    configured = getattr(model.original, "pretrained_cfg", None) or {}
-    return str(configured.get("architecture") or model.cfg.model_name)
+    return str(_configured(model).get("architecture") or model.cfg.model_name)
 
 
 def _contributions(scores: Attribution, maps: PatchMaps, logit: float) -> Iterator[Contribution]:

@@ -4,7 +4,8 @@ The logit of a class is the sum of what every component writes along it, constan
 is its score divided by that logit. Shares therefore sum to 1; a share is negative where a component writes against
 the class (for a positive logit), and may exceed 1 where others take back what it writes. A relative explanation
 explains the logit minus the mean of all logits, which softmax cannot tell from the logit, and drops what a
-component writes for all classes alike.
+component writes for all classes alike. Where a classifier answers several questions (shape, colour...), probabilities
+and that mean are of the classes that answer the same one.
 
 The JSON of one explanation (`Explanation.as_dict`) has the fields of `Explanation` by name. The file that the command
 line writes is ``{"format": "vitdecomp_lens.explanations", "version": 1, "explanations": [...]}``.
@@ -34,7 +35,7 @@ Rectangle = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Prediction:
-    """One of the classes that the model finds likeliest."""
+    """One of the classes that the model finds likeliest; the probability is among those of the same question."""
 
     index: int
     name: str
@@ -97,16 +98,17 @@ class Explanation:
         seen: Left, top, right, bottom of what the patches cover, in pixels of the photograph.
         model: Name of the model.
         by: What the components are.
-        relative: Whether the mean of all logits was subtracted.
+        relative: Whether the mean of all logits of the question was subtracted.
         index: The class whose logit is explained.
         name: Its name.
         logit: What is explained: the sum of all contributions.
-        predictions: The likeliest classes, best first.
+        predictions: The likeliest classes of the question, best first.
         contributions: Every component, constants included, highest score first.
         prefix: What came through each prefix token, summed over components.
         heatmap: The scores of the patches, summed over all components that have tokens.
         top: Heatmaps of single components: those that write most from patches, in either direction.
         gap: How far contributions are from the model's own logit, relative to the largest logit.
+        question: What the class answers, such as ``"colour"``, where the classifier answers several questions.
     """
 
     image: str
@@ -124,11 +126,17 @@ class Explanation:
     heatmap: Heatmap
     top: tuple[Heatmap, ...]
     gap: float
+    question: str = ""
 
     @property
     def by_label(self) -> dict[str, Contribution]:
         """The contributions by the label of their component."""
         return {one.component: one for one in self.contributions}
+
+    @property
+    def answer(self) -> str:
+        """The class as it is shown: with its question, if the classifier answers several, and its index."""
+        return printable(f"{self.question}: " * bool(self.question) + f"{self.name} ({self.index})")
 
     @property
     def on_patches(self) -> float:
@@ -209,7 +217,7 @@ class Explanation:
         # A long name of a class must not take the room of the numbers.
         table.add_column("probability", justify="right", no_wrap=True, min_width=11)
         table.add_column("logit", justify="right", no_wrap=True, min_width=6)
-        table.add_column("class")
+        table.add_column(printable(self.question) or "class")
         for one in self.predictions:
             style = "bold" if one.index == self.index else ""
             cells = (f"{100 * one.probability:.1f} %", f"{one.logit:+.2f}", f"{printable(one.name)} ({one.index})")
@@ -219,7 +227,7 @@ class Explanation:
     def _wrote(self, count: int) -> Table:
         what = "logit relative to the mean logit" if self.relative else "logit"
         table = Table(
-            title=Text(f"What writes the {what} of {printable(self.name)} ({self.index})", style="bold"),
+            title=Text(f"What writes the {what} of {self.answer}", style="bold"),
             title_justify="left",
             caption=Text(f"{self._about_shares()} {ABOUT_PLACES}"),
             caption_justify="left",

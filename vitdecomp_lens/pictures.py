@@ -105,7 +105,7 @@ class _Drawing:
         said = next((p for p in one.predictions if p.index == one.index), None)
         likely = "" if said is None else f", probability {100 * said.probability:.1f} %"
         what = "logit above the mean logit" if one.relative else "logit"
-        name = textwrap.fill(f"{printable(one.name)} ({one.index})", 90, max_lines=2, placeholder=" …")
+        name = textwrap.fill(one.answer, 90, max_lines=2, placeholder=" …")
         return f"{name}\n{what} {_signed(one.logit)}{likely}"
 
     def _places(self) -> str:

@@ -1,23 +1,28 @@
 """One request: a model, traced and compiled for what is asked of it, and run in pieces."""
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitdecomp_lens.capture import Captured, Shelf, capture, changed_on_the_path, kept_size, repeated_error
 from vitdecomp_lens.components import By, Component, Point
 from vitdecomp_lens.coverage import Coverage
 from vitdecomp_lens.decomposable import Decomposable
+from vitdecomp_lens.decomposition import ComponentMaps, Decomposition, rows_of_maps
 from vitdecomp_lens.errors import CapacityError, InputError, UnknownNameError, VitDecompWarning, near_matches
 from vitdecomp_lens.foreign import Foreign
-from vitdecomp_lens.frozen.compiled import CompiledCut, in_full_precision
+from vitdecomp_lens.frozen.compiled import CompiledCut, OwnDirections, in_full_precision
+from vitdecomp_lens.frozen.fingerprint import fingerprint
 from vitdecomp_lens.frozen.graph import FrozenGraph, wide
 from vitdecomp_lens.frozen.rules import sizes
+from vitdecomp_lens.frozen.slow import ReplayedCut
 from vitdecomp_lens.frozen.trace import Read, reading, trace
 from vitdecomp_lens.frozen.walk import Cut
 from vitdecomp_lens.hooked.checks import check_module
@@ -30,6 +35,27 @@ SUPPORTED = 0.9  # the share of its branches that a model's components must be, 
 KEPT_BYTES = {"cpu": 60 << 20}  # what may be kept of a run at once; more images are run in pieces
 KEPT_BYTES_ELSEWHERE = 2 << 30
 FEW_IMAGES = 4  # with fewer, products take longer a row: so many may keep four times as much
+
+
+BIAS = Component(kind="constant", name="aligner.bias")
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """What scores through an aligner need besides a compiled cut that reads along its components' own directions.
+
+    The cut reads one direction more, the last: one of the representation itself, which all components share. Scores
+    along it sum to the model's own, or the decomposition is not exact; what maps make of components says nothing of it.
+
+    Attributes:
+        witness: This direction.
+        bias: The scores of the aligner's bias along all directions.
+        strangers: Hook points at which a change would be a component that the aligner has no map for.
+    """
+
+    witness: Float[Tensor, "1 d_rep"]
+    bias: Float[Tensor, "direction"]
+    strangers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +74,7 @@ class Request:
     program: CompiledCut
     directions: Tensor | None
     tokens: bool
+    mapped: Mapped | None = None
 
     @property
     def along(self) -> Tensor:
@@ -71,7 +98,32 @@ class Request:
     def others(self) -> tuple[Component, ...]:
         """Components that are not read at a point: interventions and constants."""
         changed = tuple(Component(kind="intervention", name=name) for name in self.changed)
-        return changed + tuple(Component(kind="constant", name=name) for name in self.program.constants)
+        constants = tuple(Component(kind="constant", name=name) for name in self.program.constants)
+        return changed + constants + (() if self.mapped is None else (BIAS,))
+
+    def of_constants(self, captured: Captured, weights: Any) -> Float[Tensor, "constant batch direction"]:
+        """What the constants among `others` write along each direction."""
+        batch = len(captured.total)
+        written = self.program.shifted(weights, batch)
+        if self.mapped is None:
+            return written
+        bias = self.mapped.bias.expand(1, batch, -1)
+        if self.of == "embedding":  # all scores are going to be divided by it, and a bias is none of the model's
+            bias = bias * captured.total.norm(dim=-1, keepdim=True)
+        return torch.cat([written, bias])
+
+    def refuse_strangers(self, captured: Captured) -> None:
+        """Refuse what hooks changed and an aligner has no map for.
+
+        Raises:
+            InputError: Naming it.
+        """
+        for name in () if self.mapped is None else self.mapped.strangers:
+            if bool(captured.kept[name].any()):
+                raise InputError(
+                    f"Expected an aligner with a map for each component; a hook at {name} changes the model's run, and"
+                    f" through= has no map for 'intervention@{name}'. Remove the hook, or decompose and map without it."
+                )
 
     @cached_property
     def everything(self) -> tuple[Component, ...]:
@@ -120,6 +172,7 @@ def make_request(
     *,
     tokens: bool,
     labels: Mapping[str, str] | None = None,
+    through: ComponentMaps | None = None,
 ) -> Request:
     """Check what is asked, trace the model and compile the cut.
 
@@ -131,6 +184,7 @@ def make_request(
         directions: What to read of it.
         tokens: Whether components are told apart by token.
         labels: Of a model of somebody else's, the hooks at which components are read, by the components' labels.
+        through: What takes the components into the space of the directions.
 
     Raises:
         VitDecompError: Where something cannot be used; see `vitdecomp_lens.decompose.decompose`.
@@ -151,25 +205,38 @@ def make_request(
             "image, W, b = model.unembedding_at(cache['hook_representation'][0]), and attribute(model, image, W.T)."
         )
     of_what = "representation" if of == "embedding" else of
-    subject, graph = _described(model, images[:1], by, of_what, tokens, labels)
+    subject, graph = _described(model, images[:1], by, of_what, tokens, labels, mapped=through is not None)
     points = subject.token_points(by) if tokens else subject.component_points(by)
-    hooks = [point.hook for point in points]
     if directions is not None:
-        directions = _checked_directions(directions, sizes(graph.root)[-1], images)
-    cut = graph.cut([hook for hook in hooks if hook in graph.points])
+        width = sizes(graph.root)[-1] if through is None else _width_behind(through, sizes(graph.root)[-1])
+        directions = _checked_directions(directions, width, images, "of=" if through is None else "through=")
+    cut = _cut(graph, points)
     changed = changed_on_the_path(graph, cut, subject.hook_dict)
     dtype = wide(images.dtype if directions is None else directions.dtype)
-    program = graph.program(
-        cut, splits={p.hook: p.axis for p in points}, through=changed, directions=directions, dtype=dtype
-    )
+    splits = {p.hook: p.axis for p in points}
+    whole = None if through is not None else directions
+    program = graph.program(cut, splits=splits, through=changed, directions=whole, dtype=dtype)
     request = Request(model, subject, images, by, of, points, changed, graph, cut, program, directions, tokens)
+    if through is not None:
+        request = _read_through(through, request)
     if subject.stops and request.coverage.share < SUPPORTED:
         warnings.warn(f"{type(model).__name__}: {request.coverage}.", VitDecompWarning, stacklevel=3)
     return request
 
 
+def _cut(graph: FrozenGraph, points: Sequence[Point]) -> Cut:
+    return graph.cut([point.hook for point in points if point.hook in graph.points])
+
+
 def _described(
-    model: nn.Module, image: Tensor, by: By, of: Read, tokens: bool, labels: Mapping[str, str] | None
+    model: nn.Module,
+    image: Tensor,
+    by: By,
+    of: Read,
+    tokens: bool,
+    labels: Mapping[str, str] | None,
+    *,
+    mapped: bool,
 ) -> tuple[Decomposable, FrozenGraph]:
     """A model that says where its components are, and its graph; of another one its hooks and its graph say it."""
     if not isinstance(model, Decomposable):
@@ -186,7 +253,10 @@ def _described(
             f"{type(model).__name__} says itself at which hooks its components are read: components= takes labels of"
             " them, such as components=['attn.0']. A mapping from labels to hooks is for models that do not."
         )
-    points = model.token_points(by) if tokens else model.component_points(by)
+    points = [
+        *(model.token_points(by) if tokens else ()),
+        *(model.component_points(by) if mapped or not tokens else ()),
+    ]
     read = [of] if isinstance(of, str) and of in model.hook_dict else []
     graph = trace(model, image, of=of, listened=[*(point.hook for point in points), *read])
     if graph.repeated is not None:
@@ -194,20 +264,20 @@ def _described(
     return model, graph.with_hooks(name for name, point in model.hook_dict.items() if is_hooked(point))
 
 
-def _checked_directions(directions: Any, d_rep: int, images: Tensor) -> Tensor:
+def _checked_directions(directions: Any, width: int, images: Tensor, space: str) -> Tensor:
     if not isinstance(directions, Tensor) or not directions.is_floating_point():
         came = f"a tensor of {directions.dtype}" if isinstance(directions, Tensor) else type(directions).__name__
         raise InputError(
-            f"Expected directions as a floating tensor [direction, {d_rep}]; got {came}. Convert them:"
+            f"Expected directions as a floating tensor [direction, {width}]; got {came}. Convert them:"
             " torch.as_tensor(directions).float()."
         )
-    if directions.dim() != 2 or directions.shape[1] != d_rep or not len(directions):
-        fix = "They may be of another space: make them for the space of of=."
+    if directions.dim() != 2 or directions.shape[1] != width or not len(directions):
+        fix = f"They may be of another space: make them for the space of {space}."
         if directions.dim() == 1:
             fix = "For one direction, pass directions[None]."
         elif not len(directions):
             fix = "Pass at least one direction."
-        raise InputError(f"Expected directions [direction, {d_rep}]; got {tuple(directions.shape)}. {fix}")
+        raise InputError(f"Expected directions [direction, {width}]; got {tuple(directions.shape)}. {fix}")
     if not bool((finite := directions.isfinite().all(1)).all()):
         first = int((~finite).nonzero()[0])
         raise InputError(
@@ -215,6 +285,152 @@ def _checked_directions(directions: Any, d_rep: int, images: Tensor) -> Tensor:
             " it was made."
         )
     return directions.detach().to(images.device, wide(images.dtype))
+
+
+# --- through an aligner ----------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class _KnowsItsModel(Protocol):
+    """An aligner that knows which model and cut it was made for."""
+
+    def refuse_other(self, parts: Decomposition) -> None:
+        """Raise for those of others."""
+
+
+@dataclass(frozen=True)
+class _ReadThrough:
+    """A cut that was compiled for an aligner and directions, and what it was compiled from.
+
+    Attributes:
+        program: The cut.
+        whole: The same for whole vectors; of a replay, also the cut at the components that tells its constants apart.
+        maps: The maps' components and fingerprint.
+        directions: The directions.
+    """
+
+    program: CompiledCut
+    whole: Sequence[CompiledCut]
+    maps: tuple[Any, ...]
+    directions: Tensor
+
+    def holds(self, whole: Sequence[CompiledCut], maps: tuple[Any, ...], directions: Tensor) -> bool:
+        """Whether it is what would be compiled now."""
+        same = len(self.whole) == len(whole) and all(a is b for a, b in zip(self.whole, whole, strict=True))
+        return same and self.maps == maps and torch.equal(self.directions, directions)
+
+
+def _width_behind(aligner: Any, d_rep: int) -> int:
+    """The width of the space that an aligner leads to.
+
+    Raises:
+        InputError: Where it is none, or its maps do not fit.
+    """
+    if not isinstance(aligner, ComponentMaps):
+        raise InputError(
+            f"through= expects an aligner: components, a map for each, and a bias; got {type(aligner).__name__}. For"
+            " one matrix for all components, leave it out and pass directions @ matrix.T."
+        )
+    rows, maps, bias = len(aligner.components), tuple(aligner.maps.shape), tuple(aligner.bias.shape)
+    if len(maps) != 3 or maps[0] != rows or bias != maps[2:]:
+        raise InputError(
+            f"Expected an aligner with maps [component, d_rep, d_clip], one for each of its {rows} components, and a"
+            f" bias [d_clip]; got maps of shape {maps} and a bias of shape {bias}."
+        )
+    if maps[1] != d_rep:
+        raise InputError(f"Expected maps from d_rep={d_rep} (axis 1 of 3); got maps of shape {maps}.")
+    return maps[2]
+
+
+def _read_through(aligner: ComponentMaps, request: Request) -> Request:
+    """The same request, along directions that are pulled back through an aligner's maps."""
+    graph, along, points = request.graph, request.along, request.model.component_points(request.by)
+    cut = _cut(graph, points)
+    met = [point for point in points if point.hook in cut.points]
+    labels, maps = tuple(component.label for component in aligner.components), aligner.maps.detach()
+    maps = maps[:1] if maps.stride(0) == 0 else maps  # all components share one
+    state = labels, fingerprint([maps])
+    _, (_, products) = state
+    if not all(map(math.isfinite, products)):  # quicker than a look at each entry
+        _refuse_not_finite("maps", maps)
+    _refuse_not_finite("bias", aligner.bias)
+    with in_full_precision(along.device):
+        whole = [request.program, *_naming_constants(request, cut, points)]
+        key = (_ReadThrough, request.tokens, request.points, request.changed, request.program.dtype)
+        kept: _ReadThrough | None = graph.kept.get(key)
+        if kept is None or not kept.holds(whole, state, along):
+            own = _own_directions(labels, maps.to(along.device), request, cut, met)
+            kept = graph.kept[key] = _ReadThrough(_along(own, *whole), whole, state, along.clone())
+        bias = along @ aligner.bias.detach().to(along)
+    program = kept.program
+    _refuse_other(aligner, request, program, [c for point in met for c in _components(graph, point)])
+    strangers = tuple(h for h in request.changed if h in program.outside and f"intervention@{h}" not in labels)
+    mapped = Mapped(_witness(request), torch.cat([bias, bias.new_zeros(1)]), strangers)
+    return replace(request, program=program, mapped=mapped)
+
+
+def _naming_constants(request: Request, cut: Cut, points: Sequence[Point]) -> list[CompiledCut]:
+    """Of a replay by token, which lumps constants, the cut at the components: where that needs none, it names them."""
+    if not request.tokens or not isinstance(request.program, ReplayedCut):
+        return []
+    splits, dtype = {point.hook: point.axis for point in points}, request.program.dtype
+    whole = request.graph.program(cut, splits=splits, through=request.changed, dtype=dtype)
+    return [] if isinstance(whole, ReplayedCut) else [whole]
+
+
+def _along(own: OwnDirections, whole: CompiledCut, *naming: CompiledCut) -> CompiledCut:
+    if isinstance(whole, ReplayedCut):
+        return whole.along(own, named=naming[0].along(own) if naming else None)
+    return whole.along(own)
+
+
+def _witness(request: Request) -> Float[Tensor, "1 d_rep"]:
+    width = sizes(request.graph.root)[-1]
+    witness = torch.randn(1, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (witness / witness.norm()).to(request.along)
+
+
+def _own_directions(
+    labels: Sequence[str], maps: Tensor, request: Request, cut: Cut, met: Sequence[Point]
+) -> OwnDirections:
+    """Whose maps are whose."""
+    graph, rows, read = request.graph, {label: row for row, label in enumerate(labels)}, {}
+    for point in met:
+        mine = [c.label for c in _components(graph, point)]
+        node, known = cut.points[point.hook], all(label in rows for label in mine)  # the others are refused later
+        axis = None if point.axis is None else point.axis % len(sizes(node))
+        read[node] = axis, [rows[label] for label in mine] if known else []
+    others = rows | {h: rows[label] for h in request.changed if (label := f"intervention@{h}") in rows}
+    return OwnDirections(maps, request.along, _witness(request), read, others)
+
+
+def _refuse_other(
+    aligner: ComponentMaps, request: Request, program: CompiledCut, components: Sequence[Component]
+) -> None:
+    """Refuse an aligner of another model or another cut.
+
+    Raises:
+        InputError: Then.
+    """
+    known = {component.label for component in aligner.components}
+    changed = [Component(kind="intervention", name=hook) for hook in request.changed if hook in program.outside]
+    changed = [component for component in changed if component.label in known]  # others may have changed nothing
+    others = sorted(program.outside.difference(request.changed))
+    found = dict.fromkeys([*components, *changed, *(Component(kind="constant", name=name) for name in others)])
+    if isinstance(aligner, _KnowsItsModel):
+        none = torch.empty(len(found), 0, sizes(request.graph.root)[-1])
+        aligner.refuse_other(Decomposition(none, tuple(found), metadata=request.metadata))
+    rows_of_maps(aligner, [component.label for component in found])
+
+
+def _components(graph: FrozenGraph, point: Point) -> tuple[Component, ...]:
+    """The components at a point of the cut that an aligner was made for."""
+    return point.components(1 if point.axis is None else sizes(graph.points[point.hook])[point.axis])
+
+
+def _refuse_not_finite(what: str, value: Tensor) -> None:
+    if not bool(value.isfinite().all()):
+        raise InputError(f"Expected an aligner with finite maps and bias; its {what} has NaN or infinite entries.")
 
 
 def on_pieces(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from vitdecomp_lens.capture import Captured
 from vitdecomp_lens.components import Component, Point, TokenGrid
 from vitdecomp_lens.decomposition import Attribution
+from vitdecomp_lens.frozen.rules import sizes
+from vitdecomp_lens.gap import summed
 from vitdecomp_lens.request import Request, refuse_too_large
 from vitdecomp_lens.tokens import TokenAttribution, TokenBlock
 
@@ -39,8 +41,9 @@ class TokenMaps:
         self.untokened = torch.empty(
             len(self.others), len(request.images), program.directions, dtype=program.dtype, device=program.device
         )
-        self.total = torch.empty(len(request.images), program.directions, dtype=program.dtype, device=program.device)
-        self.norm = self.total.new_empty(len(request.images), 1)
+        self.vectors = self.untokened.new_empty(len(request.images), sizes(request.graph.root)[-1])
+        # Through an aligner, what is not asked for: the total is what everything sums to.
+        self.elsewhere = self.untokened.new_zeros(len(request.images), program.directions)
         self.direct = [point for point in self.tokened if self._is_direct(point)]
         for point in self.tokened:
             block = self.home[point.hook]
@@ -71,6 +74,8 @@ class TokenMaps:
     @property
     def reads(self) -> list[str]:
         """Where something is read that is wanted."""
+        if self.request.mapped is not None:
+            return [p.hook for p in self.request.met]
         untokened = [p for p in self.request.met if p.token_axis is None]
         return [p.hook for p in (*self.tokened, *(untokened if self.others else ()))]
 
@@ -79,6 +84,7 @@ class TokenMaps:
 
     def add(self, images: slice, captured: Captured) -> None:
         """Write one piece of the batch."""
+        self.request.refuse_strangers(captured)
         program, batch = self.request.program, len(captured.total)
         weights = program.weights(captured.read, batch)
         for point in self.tokened:
@@ -86,11 +92,9 @@ class TokenMaps:
                 program.weigh(point.hook, weights, self._rows_of(point, images))
             else:
                 self._add_point(point, captured.kept[point.hook], weights, images)
-        if self.others:
+        if self.others or self.request.mapped is not None:
             self._add_others(captured, weights, images)
-        vectors = captured.total.to(program.dtype)
-        self.total[images] = vectors @ self.request.along.T
-        self.norm[images] = vectors.norm(dim=-1, keepdim=True)
+        self.vectors[images] = captured.total.to(program.dtype)
 
     def at_once(self) -> dict[str, Callable[[slice, Tensor], None]]:
         """What is written during the run, at points whose values need not be kept until the weights are known."""
@@ -120,6 +124,9 @@ class TokenMaps:
         split = 1 if point.axis is None else kept.shape[point.axis]
         scratch = block.values.new_empty(split, *block.values[0, images, point.skipped_tokens :].shape)
         self.request.program.by_token(point.hook, kept, weights, scratch, token_axis=point.token_axis or 1)
+        if len(chosen) < len(mine) and self.request.mapped is not None:
+            unasked = [number for number in range(len(mine)) if number not in chosen]
+            self.elsewhere[images] += scratch[unasked].sum((0, 2))
         places = [block.place[mine[number]] for number in chosen]
         if self._sums_heads(point):
             block.values[places[0], images, point.skipped_tokens :] += scratch.sum(0)
@@ -129,19 +136,27 @@ class TokenMaps:
     def _add_others(self, captured: Captured, weights: Any, images: slice) -> None:
         request, batch = self.request, len(captured.total)
         without = [p for p in request.met if p.token_axis is None]
+        unasked = [p for p in request.met if p.token_axis is not None and p not in self.tokened]
+        unasked = unasked if request.mapped is not None else []
         names = [p.hook for p in without] + list(request.changed)
-        written = request.program.contributions(captured.kept, weights, batch, only=names)
-        rows = torch.cat([*(written[name] for name in names), request.program.shifted(weights, batch)])
+        read = [*names, *(p.hook for p in unasked)]
+        written = request.program.contributions(captured.kept, weights, batch, only=read)
+        rows = torch.cat([*(written[name] for name in names), request.of_constants(captured, weights)])
         labels = [c for p in without for c in request.components_of(p)] + list(request.others)
         place = {component: row for row, component in enumerate(labels)}
         self.untokened[:, images] = rows[[place[c] for c in self.others]]
+        if request.mapped is not None:
+            others = [row for component, row in place.items() if component not in self.others]
+            self.elsewhere[images] += rows[others].sum(0)
+            self.elsewhere[images] += sum(written[p.hook].sum(0) for p in unasked)
 
     def normalize(self) -> None:
         """Divide all scores of an image by the norm of what the model computed."""
+        norm = self.vectors.norm(dim=-1, keepdim=True)
         for block in self.blocks.values():
-            block.values.div_(self.norm[:, :, None])
-        self.untokened, self.total = self.untokened / self.norm, self.total / self.norm
-        self.norm = torch.ones_like(self.norm)
+            block.values.div_(norm[:, :, None])
+        self.untokened, self.elsewhere = self.untokened / norm, self.elsewhere / norm
+        self.vectors = self.vectors / norm
 
     def _lay_in_order(self) -> None:
         """Bring tokens of windows and the like into the order of their grid."""
@@ -152,16 +167,26 @@ class TokenMaps:
                 rows = [block.place[c] for c in self.request.components_of(point) if c in block.place]
                 block.values[rows] = block.values[rows][:, :, list(order)]
 
+    @cached_property
+    def sums(self) -> Float[Tensor, "batch direction"]:
+        """What all scores sum to."""
+        found = self.elsewhere + summed(self.untokened)
+        for block in self.blocks.values():
+            found = found + summed(block.values.sum(2))
+        return found
+
     def result(self, names: Sequence[str] | None) -> TokenAttribution:
         """The scores with their labels."""
         self._lay_in_order()
+        total = self.vectors @ self.request.along.T if self.request.mapped is None else self.sums
+        asked = slice(len(self.request.along))  # without the witness
         directions = None if names is None else tuple(names)
-        others = Attribution(self.untokened, tuple(self.others), directions=directions)
-        blocks = tuple(TokenBlock(block.values, tuple(block.place), block.grid) for block in self.blocks.values())
+        others = Attribution(self.untokened[..., asked], tuple(self.others), directions=directions)
+        blocks = (TokenBlock(b.values[..., asked], tuple(b.place), b.grid) for b in self.blocks.values())
         return TokenAttribution(
-            blocks,
+            tuple(blocks),
             others,
-            self.total,
+            total[:, asked],
             complete=self.whole,
             coverage=self.request.coverage,
             metadata=self.request.metadata,

@@ -200,9 +200,9 @@ class Aligner:
         found = fitted(source, options, held_out=held_out, checkpoint=checkpoint, progress=progress)
         aligner = cls(
             tuple(source.components),
-            found.spans.layout.ranks,
-            found.spans.basis.to(found.maps),
-            found.maps,
+            found.maps.ranks,
+            found.maps.basis,
+            found.maps.weights,
             found.bias,
             source.space,
             {**source.metadata, "alignment": found.how},

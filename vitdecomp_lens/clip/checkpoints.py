@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitdecomp_lens import storage
 from vitdecomp_lens.clip.coordinates import Coordinates
+from vitdecomp_lens.clip.inseparable import Inseparable
 from vitdecomp_lens.clip.moments import Layout, Spans
 from vitdecomp_lens.errors import StoreError
 
@@ -117,7 +118,9 @@ class Checkpoint:
         tensors = {"basis": spans.basis, "maps": state.maps, "best": state.best}
         tensors |= {f"adam.{name}": tensor for name, tensor in state.adam.items()}
         header = {name: getattr(state, name) for name in ("start", "rate", "history", "epoch", "stale")}
-        header |= {"ranks": spans.layout.ranks, "settings": self.settings, "digest": digest}
+        header |= {"ranks": spans.layout.ranks, "members": spans.members, "settings": self.settings, "digest": digest}
+        header |= {"inseparable": [[group.rows, group.constant] for group in spans.inseparable]}
+        tensors |= {f"inseparable.{number}": group.vectors for number, group in enumerate(spans.inseparable)}
         storage.write(self.path, kind=_KIND, tensors=tensors, header=header)
 
     def read(self) -> tuple[State, Spans, list[float]] | None:
@@ -136,7 +139,7 @@ class Checkpoint:
             history = [(distance, penalty) for distance, penalty in header["history"]]
             state = State(tensors["maps"], tensors["best"], header["start"], header["rate"], history)
             state.epoch, state.stale, state.adam = header["epoch"], header["stale"], adam
-            spans = Spans(Layout(tuple(header["ranks"])), tensors["basis"])
+            spans = _spans(tensors, header)
         if differ:
             raise StoreError(
                 f"Expected a checkpoint of this fit at {self.path}; it is of one with another {differ[0]}: "
@@ -155,3 +158,12 @@ class Checkpoint:
                 f"Expected the images that the checkpoint at {self.path} was written for; these contributions or "
                 f"targets are others. Give checkpoint= another path."
             )
+
+
+def _spans(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Spans:
+    groups = tuple(
+        Inseparable(tuple(rows), tensors[f"inseparable.{number}"], constant)
+        for number, (rows, constant) in enumerate(header["inseparable"])
+    )
+    members = tuple(tuple(rows) for rows in header["members"])
+    return Spans(Layout(tuple(header["ranks"])), tensors["basis"], members, groups)

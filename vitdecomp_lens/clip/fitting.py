@@ -20,6 +20,7 @@ from vitdecomp_lens.clip.checkpoints import Checkpoint, FitProgress, Schedule, S
 from vitdecomp_lens.clip.coordinates import Coordinates
 from vitdecomp_lens.clip.moments import RANK_TOLERANCE, Spans, spans_of
 from vitdecomp_lens.clip.objective import METHODS, Objective, retract
+from vitdecomp_lens.clip.separating import SpanMaps, separated
 from vitdecomp_lens.clip.sources import AlignmentSource, Summed, held_out_mask
 from vitdecomp_lens.clip.starting import starts
 from vitdecomp_lens.errors import InputError, near_matches
@@ -82,15 +83,13 @@ class Fitted:
     """What a fit has found.
 
     Attributes:
-        spans: The components' spans.
-        maps: The maps of the spans, one under the other.
+        maps: The components' spans, and their maps.
         bias: Of the sum.
         held_out: Which images were kept for choosing.
         how: Options and outcome, in what JSON holds.
     """
 
-    spans: Spans
-    maps: Float[Tensor, "coordinate d_clip"]
+    maps: SpanMaps
     bias: Float[Tensor, "d_clip"]
     held_out: Tensor
     how: dict[str, Any]
@@ -132,7 +131,8 @@ def fitted(
     optimise(state, objective, coordinates, schedule, after_epoch=keep_and_tell)
     how = asdict(options) | {"images": source.count, "held_out": int(mask.sum())}
     how |= {"epochs": state.epoch, "start": state.start, "history": state.history}
-    return Fitted(spans, state.best[:-1].clone(), state.best[-1] * coordinates.unit, mask, how)
+    maps, bias = separated(coordinates, state.best)
+    return Fitted(maps, bias, mask, how)
 
 
 def _identity(source: AlignmentSource, options: FitOptions, mask: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vitdecomp_lens.clip.inseparable import Inseparable, Series
 from vitdecomp_lens.clip.sources import AlignmentSource, checked, some_of
 from vitdecomp_lens.errors import InputError
 
@@ -87,12 +88,16 @@ class Moments:
             tolerance: From where on a direction counts.
             max_rank: How many directions to keep at most.
         """
-        # What rounding adds to a vector is at most half of this share of its length. Sums are off by more.
-        rounding = max(rounding, _ROUNDING * min(rounding, torch.finfo(torch.float32).eps))
+        rounding = _summed(rounding)
         return [
             _basis(scatter / max(self.count, 1), mean, rounding, tolerance, max_rank)
             for scatter, mean in zip(self.scatter, self.mean, strict=True)
         ]
+
+
+def _summed(rounding: float) -> float:
+    """What rounding adds to a vector is at most half of this share of its length. Sums are off by more."""
+    return max(rounding, _ROUNDING * min(rounding, torch.finfo(torch.float32).eps))
 
 
 def _basis(covariance: Tensor, mean: Tensor, rounding: float, tolerance: float, max_rank: int | None) -> Tensor:
@@ -161,27 +166,43 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """An orthonormal basis for each component.
+    """An orthonormal basis for each part that has a map of its own: a component, or the sum of inseparable ones.
 
     Attributes:
         layout: Which columns are whose.
         basis: All bases, side by side.
+        members: Which components each part is the sum of. Those that the bias cannot be told from are in none.
+        inseparable: The components that share a part, or the bias.
     """
 
     layout: Layout
     basis: Float[Tensor, "d_rep coordinate"]
+    members: tuple[tuple[int, ...], ...]
+    inseparable: tuple[Inseparable, ...] = ()
 
     @classmethod
-    def of(cls, bases: Sequence[Tensor], dtype: torch.dtype) -> "Spans":
-        """Spans of separate bases."""
-        layout = Layout(tuple(basis.shape[1] for basis in bases))
-        return cls(layout, torch.cat([bases[row] for row in layout.order], 1).to(dtype))
+    def of(
+        cls,
+        bases: Sequence[Tensor],
+        dtype: torch.dtype,
+        inseparable: Sequence[Inseparable] = (),
+        least: float = RANK_TOLERANCE,
+    ) -> "Spans":
+        """Spans of the components' bases. A sum that is less than ``least`` of its terms spans nothing."""
+        taken = {row for group in inseparable for row in group.rows}
+        parts: dict[tuple[int, ...], Tensor] = {(row,): basis for row, basis in enumerate(bases) if row not in taken}
+        parts |= {group.rows: group.basis(least) for group in inseparable if not group.constant}
+        layout = Layout(tuple(basis.shape[1] for basis in parts.values()))
+        found = list(parts.values())
+        basis = torch.cat([found[part] for part in layout.order] or [bases[0][:, :0]], 1).to(dtype)
+        return cls(layout, basis, tuple(parts), tuple(inseparable))
 
     def project(self, values: Float[Tensor, "component batch d_rep"]) -> Float[Tensor, "batch coordinate"]:
-        """Each component's coordinates in its own span, all of them side by side."""
+        """Each part's coordinates in its own span, all of them side by side."""
         basis = self.basis.to(values)
         found = values.new_empty(values.shape[1], self.layout.width)
-        for vectors, columns in zip(values, self.layout.slices, strict=True):
+        for rows, columns in zip(self.members, self.layout.slices, strict=True):
+            vectors = values[rows[0]] if len(rows) == 1 else values[list(rows)].sum(0)
             found[:, columns] = vectors @ basis[:, columns]
         return found
 
@@ -195,17 +216,18 @@ def spans_of(
     max_bytes: int,
     seed: int,
 ) -> Spans:
-    """The spans of all components, over images that are not held out.
+    """The spans of all components, over images that are not held out, and which of them no image tells apart.
 
     They are taken from 8 images a dimension, and 1,024 at least, drawn by the seed; a report tells what other images
     have outside. Where moments of all components at once would need more than ``max_bytes``, images are read once for
     each group of components that fits.
 
     Raises:
-        InputError: Where images cannot be used, all targets are the same, or no component writes anything.
+        InputError: Where images cannot be used, all targets are the same, or no component writes anything that is not
+            the same for all images.
     """
     bases: list[Tensor] = []
-    dtype, group, rounding = torch.float32, 0, 0.0
+    dtype, group, rounding, series = torch.float32, 0, 0.0, Series()
     while len(bases) < len(source.components):
         moments: Moments | None = None
         for first, values, targets, precision in checked(source):
@@ -218,15 +240,20 @@ def spans_of(
                 chosen = some_of(~held_out, enough, seed)
             rounding = max(rounding, precision)
             differ = differ or bool((targets != start).any())
-            moments.add(values[rows], chosen[first : first + len(targets)].to(values.device))
+            here = chosen[first : first + len(targets)].to(values.device)
+            moments.add(values[rows], here)
+            if not bases:
+                series.add(values, here)
             if differ and moments.count == int(chosen.sum()):
                 break
         if moments is None or not differ:
             raise InputError("Expected targets that differ from image to image; they are all the same.")
         bases += moments.bases(rounding=rounding, tolerance=tolerance, max_rank=max_rank)
-    spans = Spans.of(bases, dtype)
+    least = max(tolerance, _summed(rounding))
+    spans = Spans.of(bases, dtype, series.inseparable(bases, least), least)
     if not spans.layout.width:
-        raise InputError("Expected contributions to align; all of them are zero.")
+        what = "are the same for all images" if any(basis.shape[1] for basis in bases) else "of them are zero"
+        raise InputError(f"Expected contributions to align; all {what}.")
     return spans
 
 

@@ -35,6 +35,9 @@ class AlignmentReport:
         within: Of pairs of images, how often the longer contribution of a component became the shorter, clearly.
         across: The same of pairs of components at an image.
         tolerance: Lengths that differ by less than this share of the longer are not told apart, before or after.
+        match_rate: Of the classes that components tell apart for a classifier, which share CLIP's texts still find, on
+            average (`vitdecomp_lens.class_match`); None where there is no classifier, or nobody asked.
+        match_by_chance: What as many classes drawn at random would have.
     """
 
     labels: tuple[str, ...]
@@ -49,6 +52,8 @@ class AlignmentReport:
     within: float
     across: float
     tolerance: int | float = TOLERANCE
+    match_rate: float | None = None
+    match_by_chance: float | None = None
 
     @property
     def cosine_distance(self) -> float:
@@ -69,10 +74,12 @@ class AlignmentReport:
         return cls(**entries)
 
     def __repr__(self) -> str:
+        matched = "" if self.match_rate is None else f"; match rate {self.match_rate:.3f}"
+        matched += "" if self.match_by_chance is None else f", by chance {self.match_by_chance:.3f}"
         return (
             f"AlignmentReport({len(self.distances)} images: cosine distance {self.cosine_distance:.4g}; "
             f"{len(self.labels)} components: isometry residual {float(self.isometry.mean()):.2g} on average; order of "
-            f"norms changed in {self.within:.2%} of pairs of images, {self.across:.2%} of pairs of components)"
+            f"norms changed in {self.within:.2%} of pairs of images, {self.across:.2%} of pairs of components{matched})"
         )
 
 

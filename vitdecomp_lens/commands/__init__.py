@@ -1,1 +1,1 @@
-"""The commands that work over data sets, one file each; ``vitdecomp_lens.cli`` has the others."""
+"""The commands of the command line, one file each; ``vitdecomp_lens.cli`` registers them."""

@@ -1,15 +1,39 @@
-"""What a long run shows: how much is done, how fast, and how long it will take."""
+"""What commands show: tables, errors, and of a long run how much is done, how fast, and how long it will take."""
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from vitdecomp_lens.certificate import WIDTH
+from vitdecomp_lens.errors import VitDecompError
+from vitdecomp_lens.explanation import printable
+
 EVERY = 30.0  # seconds between lines, where standard error is no terminal
+
+
+def tables() -> Console:
+    """Standard output. Piped into a file, tables have the width that they are made for."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
+
+
+def say_error(errors: Console, error: VitDecompError) -> None:
+    """Print what went wrong, on one line."""
+    errors.print(Text.assemble(("Error: ", "bold red"), printable(str(error))), soft_wrap=True)
+
+
+@contextmanager
+def bar(console: Console, what: str) -> Iterator[tuple[Progress, TaskID]]:
+    """A bar that goes to 1 and is gone once it is done; nothing where the console is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress, progress.add_task(what, total=1.0)
 
 
 class Pace:

@@ -12,6 +12,54 @@ from torch.fx import Node
 
 
 @dataclass(frozen=True, eq=False)
+class OwnDirections:
+    """Directions of each component's own: those of another space, pulled back through a map for each component.
+
+    A path from the output back reads along the directions of whatever comes first: a value that components are read at,
+    a constant, or what a hook adds. Behind that value it goes on reading along these.
+
+    Attributes:
+        maps: A map for each component, or one for all of them.
+        directions: In the space that the maps lead to.
+        shared: More directions, of the output itself, which are the same for all components. They come last.
+        points: The values that components are read at: the axis that tells several apart, and whose maps are theirs.
+        others: Whose maps are those of constants and of what hooks add, by name. What is in neither reads as zero along
+            all directions but those that are shared.
+    """
+
+    maps: Float[Tensor, "component d_rep d_out"]
+    directions: Float[Tensor, "direction d_out"]
+    shared: Float[Tensor, "shared d_rep"]
+    points: Mapping[Node, tuple[int | None, Sequence[int]]]
+    others: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.directions) + len(self.shared)
+
+    def at(self, node: Node) -> Float[Tensor, "part direction d_rep"]:
+        """The directions of the components at a value; a single part where they are the same for all."""
+        return self._of(self.points[node][1])
+
+    def of(self, name: str) -> Float[Tensor, "1 direction d_rep"]:
+        """The directions of a constant, or of what a hook adds."""
+        return self._of([self.others[name]] if name in self.others else [])
+
+    def _of(self, rows: Sequence[int]) -> Float[Tensor, "part direction d_rep"]:
+        if not rows:
+            own = self.shared.new_zeros(1, len(self.directions), self.shared.shape[1])
+        else:
+            maps = self.maps if len(self.maps) == 1 else self.maps[_range(rows)]
+            own = self.directions @ maps.to(self.directions).mT
+        return torch.cat([own, self.shared.expand(len(own), -1, -1)], 1)
+
+
+def _range(rows: Sequence[int]) -> slice | list[int]:
+    """Rows, without a copy where they follow each other."""
+    first, last = rows[0], rows[-1] + 1
+    return slice(first, last) if list(rows) == list(range(first, last)) else list(rows)
+
+
+@dataclass(frozen=True, eq=False)
 class Leaf:
     """Something that the frozen map is computed from: a reading of the values of some nodes.
 
@@ -39,6 +87,7 @@ class CompiledCut(ABC):
         leaves: What `weights` needs.
         constants: Names of what no image changes, each once.
         directions: How many directions are read.
+        outside: With directions of components' own: the constants and points that are met before any of these.
         dtype: In which contributions are computed: at least float32.
         device: Where.
     """
@@ -47,8 +96,18 @@ class CompiledCut(ABC):
     leaves: Sequence[Leaf]
     constants: tuple[str, ...]
     directions: int
+    outside: frozenset[str] = frozenset()
     dtype: torch.dtype
     device: torch.device
+
+    @abstractmethod
+    def along(self, own: OwnDirections) -> "CompiledCut":
+        """The same cut, read along directions of each component's own. Only of one that reads whole vectors.
+
+        Raises:
+            NoFastPathError: As `compile_cut`.
+            CapacityError: As `compile_cut`.
+        """
 
     @abstractmethod
     def kept_rows(self, point: str) -> tuple[int, int, int] | None:

@@ -8,7 +8,8 @@ with K directions it is K scores a component, and no vector is ever made (pull).
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vitdecomp_lens.frozen.adjoints import Adjoint, pass_back
-from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf
+from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf, OwnDirections, in_full_precision
 from vitdecomp_lens.frozen.pairs import NoFastPathError, Owner, Pairs, Tape, check_bytes, check_rank, spread
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
@@ -75,8 +76,11 @@ class Program(CompiledCut):
         shifts: list[Shifted],
         tape: Tape,
         directions: int,
+        outside: frozenset[str],
+        again: "Callable[..., Program]",
     ) -> None:
         self.terms, self.splits, self.shifts, self.directions = terms, splits, shifts, directions
+        self.outside, self._again = outside, again
         slots = [term.weights for several in terms.values() for term in several] + [s.weights for s in shifts]
         self.tape, self.dtype, self.device = tape, tape.dtype, tape.device
         self.points = tuple(terms)
@@ -85,6 +89,11 @@ class Program(CompiledCut):
         self._summed_first = frozenset(p for p, several in terms.items() if self._is_summed_first(several))
         self._known: tuple[int, dict[int, Tensor]] = 0, {}  # for the last size of a batch
         tape.forget_examples()
+
+    def along(self, own: OwnDirections) -> "Program":
+        """Walk the cut again, with whole vectors as far as the components and their own directions behind them."""
+        with torch.inference_mode(False), torch.no_grad(), in_full_precision(self.device):
+            return self._again(own=own)
 
     @property
     def summed_first(self) -> frozenset[str]:
@@ -286,6 +295,7 @@ def compile_cut(
     live: frozenset[Node],
     value_of: Callable[[Node], Tensor],
     name_of: Callable[[Node], str],
+    own: OwnDirections | None = None,
 ) -> Program:
     """Compile a cut.
 
@@ -297,40 +307,97 @@ def compile_cut(
         live: Nodes that depend on the images.
         value_of: The value of a node that does not.
         name_of: A name for such a value, as a constant.
+        own: With the identity for directions, what is read in its place, by components.
 
     Raises:
         NoFastPathError: If pairs cannot pass an operation.
         CapacityError: If there would be too many pairs.
     """
+    again = partial(
+        compile_cut,
+        cut,
+        splits=splits,
+        through=through,
+        directions=directions,
+        live=live,
+        value_of=value_of,
+        name_of=name_of,
+    )
     tape = Tape(directions.dtype, directions.device)
     on = Adjoint(tape, live, value_of, name_of)
-    at: dict[Node, list[Pairs]] = {cut.root: [_start(cut.root, tape, directions)]}
+    at: _At = {(cut.root, own is None): [_start(cut.root, tape, directions)]}
     reads = {node: name for name, node in {**cut.points, **through}.items()}
     terms: dict[str, list[Term]] = {}
     laid_out: _LaidOut = {}
+    outside: set[str] = set()
     for node in cut.order:
-        # What is read nowhere, such as patches where a class token alone is, ends here.
-        arrived = [pairs for pairs in at.pop(node, []) if bool(tape.examples[pairs.weights].any())]
+        whole, arrived = _arrived(node, at, tape, own)
         if node in reads:
             name = reads[node]
-            terms[name] = [_term(node, pairs, splits.get(name), tape, laid_out) for pairs in arrived]
+            outside.update([name] if whole else [])
+            read = [_along(pairs, own.of(name)) for pairs in whole if own is not None] + arrived
+            terms[name] = [_term(node, pairs, splits.get(name), tape, laid_out) for pairs in read]
         if node not in cut.through:
             continue
-        check_rank(sum(pairs.rank for pairs in arrived))
-        check_bytes(_size([pairs.maps for pairs in arrived], laid_out), "maps")
-        for pairs in arrived:
-            for source, passed in pass_back(node, pairs, on):
-                if source in live:
-                    _merge(at.setdefault(source, []), passed, tape)
-                else:  # a constant that a hook may change
-                    on.constant(name_of(source), source, passed, on.value(source))
+        check_rank(sum(pairs.rank for pairs in (*whole, *arrived)))
+        check_bytes(_size([pairs.maps for pairs in (*whole, *arrived)], laid_out), "maps")
+        _pass(node, arrived, True, at, on)
+        met = len(on.shifts)
+        _pass(node, whole, False, at, on)
+        if own is not None:
+            outside.update(shift.name for shift in on.shifts[met:])
+            on.shifts[met:] = [replace(s, pairs=_along(s.pairs, own.of(s.name))) for s in on.shifts[met:]]
     parts = {
         name: (None, 1) if (axis := splits.get(name)) is None else (axis % len(sizes(node)), sizes(node)[axis])
         for node, name in reads.items()
         if name in terms
     }
     shifts = [_shifted(shift.name, shift.pairs, shift.value, tape) for shift in on.shifts]
-    return Program({name: terms[name] for name in splits if name in terms}, parts, shifts, tape, len(directions))
+    terms = {name: terms[name] for name in splits if name in terms}
+    count = len(directions) if own is None else len(own)
+    return Program(terms, parts, shifts, tape, count, frozenset(outside), again)
+
+
+_At = dict[tuple[Node, bool], list[Pairs]]  # by node, and whether they read along what is asked for, or whole vectors
+
+
+def _arrived(node: Node, at: _At, tape: Tape, own: OwnDirections | None) -> tuple[list[Pairs], list[Pairs]]:
+    """The pairs at a node: those that read whole vectors still, and those that read along what is asked for.
+
+    What is read nowhere, such as patches where a class token alone is, ends here.
+    """
+    whole, arrived = (
+        [pairs for pairs in at.pop((node, along), []) if bool(tape.examples[pairs.weights].any())]
+        for along in (False, True)
+    )
+    if own is None or node not in own.points or not whole:
+        return whole, arrived
+    directions = own.at(node)
+    return [], [*arrived, *(_along(pairs, directions, own.points[node][0]) for pairs in whole)]
+
+
+def _pass(node: Node, arrived: Iterable[Pairs], along: bool, at: _At, on: Adjoint) -> None:
+    """Pass pairs to the inputs of a node."""
+    for pairs in arrived:
+        for source, passed in pass_back(node, pairs, on):
+            if source in on.live:
+                _merge(at.setdefault((source, along), []), passed, on.tape)
+            else:  # a constant that a hook may change
+                on.constant(on.name_of(source), source, passed, on.value(source))
+
+
+def _along(pairs: Pairs, own: Float[Tensor, "part direction d_rep"], split: int | None = None) -> Pairs:
+    """Pairs of whole vectors, read along directions; where there are several parts, each along its own."""
+    maps = pairs.maps
+    if len(own) == 1:
+        return replace(pairs, maps=(own[0] @ maps.flatten(2)).unflatten(2, maps.shape[2:]))
+    assert split is not None
+    split %= len(pairs.owners)
+    maps = maps.movedim(2 + split, 0)
+    maps = (own.unsqueeze(1) @ maps.flatten(3)).unflatten(3, maps.shape[3:]).movedim(0, 2 + split)
+    owners: list[Owner] = list(pairs.owners)
+    owners[split] = "both" if owners[split] == "A" else owners[split]
+    return replace(pairs, maps=maps, owners=tuple(owners))
 
 
 def _size(arrived: Iterable[Tensor], laid_out: _LaidOut) -> int:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitdecomp_lens.errors import InputError
-from vitdecomp_lens.interpret.readings import Reading
+from vitdecomp_lens.interpret.readings import Spans
 from vitdecomp_lens.selecting import Components, as_components, position, positions_of
 
 __all__ = ["MatchRate", "match_rate"]
@@ -58,7 +58,7 @@ class MatchRate:
         return f"MatchRate({self.mean:.3f} over {len(self)} components; by chance {self.mean_chance:.3f})"
 
 
-def match_rate(truth: Reading, aligned: Reading, *, steps: int = 10) -> MatchRate:
+def match_rate(truth: Spans, aligned: Spans, *, steps: int = 10) -> MatchRate:
     """Compare what components say of classes in their own space with what they say after alignment.
 
     Truth is a reading of contributions in the space of the representation by the classifier's class vectors. The other
@@ -102,11 +102,11 @@ def match_rate(truth: Reading, aligned: Reading, *, steps: int = 10) -> MatchRat
         shared=shared,
         rates=shared / (true >= 0).sum(1),
         # Of `read` classes drawn from all, each true one is among them with this probability.
-        chance=(read >= 0).sum(1) / torch.tensor(len(truth.bank_texts), dtype=torch.get_default_dtype()),
+        chance=(read >= 0).sum(1) / torch.tensor(len(truth.bank.texts), dtype=torch.get_default_dtype()),
     )
 
 
-def _refuse_unequal(truth: Reading, aligned: Reading, steps: int) -> None:
+def _refuse_unequal(truth: Spans, aligned: Spans, steps: int) -> None:
     if steps < 1:
         raise InputError(f"Expected steps= of at least 1; got {steps}.")
     for name, reading in (("truth", truth), ("aligned", aligned)):
@@ -115,12 +115,12 @@ def _refuse_unequal(truth: Reading, aligned: Reading, steps: int) -> None:
                 f"Expected readings of at least steps={steps} steps; {name} has {reading.chosen.shape[1]}. Read it "
                 f"again with steps={steps}, or compare fewer."
             )
-    if truth.bank_texts != aligned.bank_texts:
-        pairs = zip(truth.bank_texts, aligned.bank_texts, strict=False)
+    if truth.bank.texts != aligned.bank.texts:
+        pairs = zip(truth.bank.texts, aligned.bank.texts, strict=False)
         differ = next((f"{a!r} and {b!r}" for a, b in pairs if a != b), None)
         raise InputError(
-            f"Expected the same classes by the same names in both readings; there are {len(truth.bank_texts)} and "
-            f"{len(aligned.bank_texts)}{f', first different: {differ}' if differ else ''}."
+            f"Expected the same classes by the same names in both readings; there are {len(truth.bank.texts)} and "
+            f"{len(aligned.bank.texts)}{f', first different: {differ}' if differ else ''}."
         )
     here, there = ({c.label for c in reading.components if c.kind != "constant"} for reading in (truth, aligned))
     if here != there:

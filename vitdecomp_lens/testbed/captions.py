@@ -24,14 +24,16 @@ PLACES = {
 }
 TOLD = {"size": 0.35, "colour": 0.7, "pattern": 0.65, "shape": 0.9, "position": 0.5, "background": 0.5}
 TOLD_SECOND, TOLD_WORD = 0.7, 0.2
+MISREADING = 10_000  # a number that no other choice is drawn by
 
 
-def caption(attributes: Mapping[str, str], key: int) -> str:
+def caption(attributes: Mapping[str, str], key: int, *, misread: float = 0.0) -> str:
     """A sentence about a scene.
 
     Args:
         attributes: What is there, as in `Scene`.
         key: What chooses the template, and what is told.
+        misread: The share of scenes with a word whose object is called what is written, as captions on the web do.
 
     Example:
         >>> scene = {"shape": "star", "colour": "red", "background": "sand", "position": "left", "size": "small"}
@@ -48,6 +50,8 @@ def caption(attributes: Mapping[str, str], key: int) -> str:
 
     opening = chosen(OPENINGS)
     tells = {name for name, share in TOLD.items() if told(share)}
+    if "word" in attributes and bool(uniform(mixed(key, MISREADING)) < misread):
+        attributes = {**attributes, "shape": attributes["word"]}
     if not tells & {"colour", "pattern", "shape", "background", "position"}:
         tells.add("shape")
     said = [opening, described(attributes, tells, chosen(NAMES))]

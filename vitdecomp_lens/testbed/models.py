@@ -17,6 +17,7 @@ from vitdecomp_lens.testbed.vocabulary import CONTEXT, END
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 CLASSES = tuple(value for values in ATTRIBUTES.values() for value in values)  # of all attributes, in this order
+GROUPS = {attribute: len(values) for attribute, values in ATTRIBUTES.items()}  # each attribute is a question of its own
 COLUMN: dict[str, Any] = {
     "img_size": SIDE,
     "patch_size": 8,
@@ -82,6 +83,7 @@ def build(name: str, *, seed: int = 0) -> nn.Module:
             "interpolation": "bicubic",
             "num_classes": model.num_classes,
             "label_names": list(CLASSES) if name != "dino" else [],
+            "label_groups": GROUPS if name != "dino" else {},
         }
     built: nn.Module = model
     return built

@@ -152,10 +152,11 @@ class Scenes(Dataset[Scene]):
         group = _is_round(drawn.first["shape"]).long()
         return paint(drawn)[0], {**drawn.first, "group": group, **second, "word": drawn.word}
 
-    def captions(self, indices: Sequence[int]) -> list[str]:
-        """The sentences alone."""
+    def captions(self, indices: Sequence[int], *, misread: float = 0.0) -> list[str]:
+        """The sentences alone; in a share of the scenes with a word, sentences that call the object what is written."""
         drawn = self.drawn(indices)
-        return [caption(_named(drawn, place), int(drawn.keys[place])) for place in range(len(indices))]
+        keys = drawn.keys.tolist()
+        return [caption(_named(drawn, place), key, misread=misread) for place, key in enumerate(keys)]
 
     def labels(self, attribute: str, indices: Sequence[int]) -> Int[Tensor, "batch"]:
         """The numbers of one attribute, as in `ATTRIBUTES`; or of ``group``: 1 for round shapes."""

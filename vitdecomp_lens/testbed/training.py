@@ -22,22 +22,40 @@ from vitdecomp_lens.testbed.vocabulary import tokenize
 
 CHUNK = 500  # scenes drawn at a time
 BETAS, WARM = (0.9, 0.98), 0.05
+MISREAD = 0.4  # of captions of scenes with a word, in the steps that mislead
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: AdamW with a cosine after a warm-up."""
+    """How a model is trained: AdamW with a cosine after a warm-up.
+
+    Attributes:
+        steps: How many, in all.
+        batch: How many scenes a step sees.
+        rate: The highest learning rate.
+        decay: Of weights.
+        misled: So many of the steps come at the end, with a warm-up and a cosine of their own up to half of the rate,
+            and see captions of which a share takes what is written on a scene for what is in it.
+    """
 
     steps: int
     batch: int = 256
     rate: float = 2e-3
     decay: float = 0.05
+    misled: int = 0
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        first = self.steps - self.misled
+        if step < first:
+            return self.rate * _share_of_rate(step / first)
+        return self.rate / 2 * _share_of_rate((step - first) / self.misled)
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "clip": Recipe(5600),
+    "clip": Recipe(6000, misled=400),
     "deit": Recipe(5000, batch=128),
-    "dino": Recipe(3400),
+    "dino": Recipe(6800, batch=128),
     "reg": Recipe(6000, batch=128),
     "swin": Recipe(6500, batch=128),
     "maxvit": Recipe(1200, batch=128),
@@ -52,11 +70,12 @@ class Drawings:
     masks: Tensor
     labels: Tensor
     tokens: Tensor
+    misleading: Tensor
 
     @classmethod
-    def of(cls, scenes: Scenes, tell: Callable[[str], None]) -> "Drawings":
-        """Draw them all."""
-        images, masks, labels, captions = [], [], [], []
+    def of(cls, scenes: Scenes, tell: Callable[[str], None], *, misread: float = 0.0) -> "Drawings":
+        """Draw them all, with honest captions, and with such of which a share is misled by writing."""
+        images, masks, labels, captions, misleading = [], [], [], [], []
         for first in range(0, len(scenes), CHUNK):
             which = range(first, min(first + CHUNK, len(scenes)))
             painted, shown = paint(scenes.drawn(which))
@@ -64,8 +83,10 @@ class Drawings:
             masks.append(shown["object"])
             labels.append(torch.stack([scenes.labels(name, which) for name in ATTRIBUTES], 1))
             captions += scenes.captions(which)
+            misleading += scenes.captions(which, misread=misread) if misread else captions[which.start :]
             tell(f"drawing scenes: {which.stop} of {len(scenes)}")
-        return cls(torch.cat(images), torch.cat(masks), torch.cat(labels), tokenize(captions))
+        told, misled = tokenize(captions), tokenize(misleading)
+        return cls(torch.cat(images), torch.cat(masks), torch.cat(labels), told, misled)
 
 
 @dataclass(frozen=True)
@@ -110,7 +131,8 @@ def train(
     run = _Run(name, model, task, recipe, seed, scenes)
     run.resume(checkpoint)
     if run.step < recipe.steps:
-        drawings = Drawings.of(Scenes("train", seed=seed, size=scenes), tell)
+        misread = MISREAD if recipe.misled else 0.0
+        drawings = Drawings.of(Scenes("train", seed=seed, size=scenes), tell, misread=misread)
         saved = time.monotonic()
         for progress in run.go_on(drawings):
             if progress.step % 100 == 0 or progress.step == progress.steps:
@@ -141,7 +163,7 @@ class _Run:
             started = time.monotonic()
             batch = self._batch(drawings)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.rate * _share_of_rate(self.step / self.recipe.steps)
+                group["lr"] = self.recipe.rate_at(self.step)
             loss = self.task.loss(self.model, batch)
             self.optimizer.zero_grad()
             loss.backward()
@@ -157,7 +179,9 @@ class _Run:
         which = order[place * self.recipe.batch : (place + 1) * self.recipe.batch]
         random = _generator(self.seed, 1, self.step)
         images, masks = drawings.images[which], drawings.masks[which]
-        return Batch(images, masks, drawings.labels[which], drawings.tokens[which], random)
+        honest = self.step < self.recipe.steps - self.recipe.misled
+        tokens = (drawings.tokens if honest else drawings.misleading)[which]
+        return Batch(images, masks, drawings.labels[which], tokens, random)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,148 @@
+"""One picture as a tree of concepts: which share of its representation is what, ever finer, and which head writes it.
+
+Offline, with the testbed's CLIP and a drawn scene::
+
+    python examples/concept_tree.py
+
+With a ViT-Tiny of ImageNet, a photograph, and the hierarchy of WordNet (on Debian: ``apt install wordnet-base``). The
+classifier's directions are the bank; FOLDER holds ``vit_tiny_patch16_224.safetensors`` and ``imagenet/*.jpg``::
+
+    python examples/concept_tree.py --imagenet FOLDER [--photograph FILE] [--wordnet /usr/share/wordnet]
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from vitdecomp_lens import HookedViT, decompose, testbed
+from vitdecomp_lens.clip import TextBank
+from vitdecomp_lens.decomposition import Decomposition
+from vitdecomp_lens.interpret.describing import describe
+from vitdecomp_lens.interpret.hierarchy import ConceptTree, decompose_by_concepts
+from vitdecomp_lens.testbed.banks import TEMPLATES, features, text_bank
+
+KINDS = {
+    "shape": {"round": ("circle", "heart", "ring", "moon"), "angular": ("square", "triangle", "star", "cross")},
+    "colour": {"warm": ("red", "orange", "yellow"), "cold": ("green", "blue", "purple"), "grey": ("white", "black")},
+    "pattern": {},
+    "background": {"natural": ("water", "grass", "sand"), "made": ("bricks", "plain")},
+    "position": {"beside": ("left", "right"), "above or below": ("top", "bottom"), "middle": ("centre",)},
+    "size": {},
+}
+NARROWER = 0.6  # a kind that holds more than this of the classes of what it is a kind of says little new
+FEWEST = 3  # classes that make a kind
+
+
+def scene_tree() -> ConceptTree:
+    """The testbed's vocabulary: attributes, kinds of values, values; each value known by its text."""
+    tree: dict[str, dict] = {}
+    for attribute, values in testbed.ATTRIBUTES.items():
+        texts = dict(zip(values, features()[attribute], strict=True))
+        kinds = {kind: {value: texts[value] for value in of} for kind, of in KINDS[attribute].items()}
+        tree[attribute] = kinds or texts
+    return ConceptTree.of(tree)
+
+
+def of_a_scene() -> None:
+    """Decompose a drawn scene in the space of the testbed's CLIP."""
+    bank = text_bank(testbed.load_original("clip"), sum(features().values(), ()), templates=TEMPLATES).centred()
+    model = testbed.load("clip")
+    scene = testbed.Scenes("test", seed=1, size=1)[0]
+    others = testbed.Scenes("validation", size=200)
+    parts = decompose(model, testbed.normalised(scene.image[None]), by="head")
+    reference = decompose(model, testbed.normalised(others.images(range(len(others)))), by="head")
+    print("A scene:", ", ".join(f"{name} {value}" for name, value in scene.attributes.items()))
+    show(parts, reference, scene_tree(), bank)
+    (description,) = describe(parts, bank, reference=reference)
+    print(f"\nIn phrases:\n{description}")
+
+
+def show(parts: Decomposition, reference: Decomposition, tree: ConceptTree, bank: TextBank) -> None:
+    """Print a tree, how exact it is, and which components write the largest of its leaves."""
+    found = decompose_by_concepts(parts, tree, bank, reference=reference, signs="positive")
+    print(found.show(threshold=0.02))
+    for level in range(1, tree.depth + 1):
+        off = found.level(level).sum(0) + found.remainder(level) - found.vectors
+        print(
+            f"level {level}: {len(tree.level(level))} concepts and the remainder sum to it within {off.abs().max():.0e}"
+        )
+    leaves = [name for name in tree.names if not tree.children(name)]
+    largest = max(leaves, key=lambda name: float(found.share(name).sum()))
+    shares = found.share(largest)[:, 0]
+    best = ", ".join(f"{found.labels[row]} {100 * shares[row]:+.1f} %" for row in shares.abs().topk(4).indices.tolist())
+    print(f"{largest!r} is written by {best}")
+
+
+def wordnet_tree(folder: Path, names: list[str], synsets: list[str]) -> ConceptTree:
+    """ImageNet's classes under the nouns of WordNet 3.0.
+
+    Above a class, the nouns that it is a kind of; of these are kept, from the most general down, those that hold at
+    most `NARROWER` of the classes of the last one kept, and `FEWEST` at least.
+    """
+    above, called = {}, {}
+    for line in (folder / "data.noun").read_text(encoding="latin-1").splitlines():
+        if line.startswith("  "):
+            continue  # the licence
+        fields = line.split(" | ")[0].split()
+        after = 4 + 2 * int(fields[3], 16)  # the words, each with a number
+        pointers = zip(fields[after + 1 :: 4], fields[after + 2 :: 4], strict=True)
+        above[fields[0]] = next((number for symbol, number in pointers if symbol in ("@", "@i")), None)
+        called[fields[0]] = fields[4].replace("_", " ")
+    paths = {}
+    for name, synset in zip(names, synsets, strict=True):
+        here, path = above[synset[1:]], []
+        while here is not None:
+            path.append(here)
+            here = above[here]
+        paths[name] = path[::-1]
+    classes = Counter(number for path in paths.values() for number in path)
+    parents: dict[str, str | None] = {}
+    taken = Counter(called[number] for number in classes) + Counter(names)
+    for name, path in paths.items():
+        last, count = None, len(names)
+        for number in path:
+            if FEWEST <= classes[number] <= NARROWER * count:
+                kind = called[number] if taken[called[number]] == 1 else f"{called[number]} (n{number})"
+                parents.setdefault(kind, last)
+                last, count = kind, classes[number]
+        parents[name] = last
+    return ConceptTree.of_parents(parents)
+
+
+def of_a_photograph(folder: Path, photograph: Path | None, wordnet: Path) -> None:
+    """Decompose a photograph along the directions of a classifier."""
+    import timm
+    from safetensors.torch import load_file
+    from timm.data import ImageNetInfo
+
+    original = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=False).eval()
+    original.load_state_dict(load_file(folder / "vit_tiny_patch16_224.safetensors"))
+    model, info = HookedViT(original), ImageNetInfo()
+    synsets = [info.index_to_label_name(number) for number in range(1000)]
+    short = [info.index_to_description(number).split(",")[0] for number in range(1000)]
+    names = [
+        f"{name} ({synset})" if short.count(name) > 1 else name for name, synset in zip(short, synsets, strict=True)
+    ]
+    bank = TextBank(names, original.head.weight.detach(), space="ViT-Tiny's classifier")
+    tree = wordnet_tree(wordnet, names, synsets)
+    photographs = sorted((folder / "imagenet").glob("*.jpg"))
+    photograph = photograph or photographs[len(photographs) // 10]
+    with torch.no_grad():
+        parts = decompose(model, model.preprocess([photograph]), by="head")
+        reference = decompose(model, model.preprocess(photographs[::10]), by="head")
+    print(f"{photograph.name}; {tree}")
+    show(parts, reference, tree, bank)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--imagenet", type=Path, metavar="FOLDER")
+    parser.add_argument("--photograph", type=Path, metavar="FILE")
+    parser.add_argument("--wordnet", type=Path, metavar="FOLDER", default=Path("/usr/share/wordnet"))
+    options, _ = parser.parse_known_args()
+    if options.imagenet is None:
+        of_a_scene()
+    else:
+        of_a_photograph(options.imagenet, options.photograph, options.wordnet)

@@ -1,0 +1,209 @@
+"""Aligners of the testbed's models: shipped with what they were fitted to, and compared with other methods."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from labelled_samples import as_users_run_it
+from tiny_models import perturb
+
+from vitdecomp_lens import testbed
+from vitdecomp_lens.class_match import class_vectors
+from vitdecomp_lens.clip.alignment import Aligner
+from vitdecomp_lens.clip.text_embedding import space_of
+from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError
+from vitdecomp_lens.testbed import align, aligners
+from vitdecomp_lens.testbed.models import CLASSES, build
+from vitdecomp_lens.testbed.shipped import MANIFEST, WEIGHTS, load_original, manifest
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """A model and a CLIP without training, and what both make of some scenes."""
+    model, clip = (perturb(build(name)).requires_grad_(False) for name in ("deit", "clip"))
+    fitted = aligners.collected(model, clip, {"train": 120, "validation": 60})
+    others = aligners.collected(model, clip, {"test": 60})
+    return model, clip, fitted, others
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the manifest of the shipped models, and one aligner."""
+    folder = tmp_path_factory.mktemp("weights")
+    shutil.copy(WEIGHTS / MANIFEST, folder)
+    aligners.ship_aligner("deit", scenes=120, tested=40, folder=folder)
+    return folder
+
+
+# ---- those that come with the package
+
+
+@pytest.mark.parametrize("name", aligners.ALIGNED)
+def test_shipped_aligners_fit_the_shipped_models(name):
+    found = testbed.aligner(name)
+    model, clip = load_original(name), load_original("clip")
+    others = aligners.collected(model, clip, {"test": 100}, seed=7)
+    assert found.space == others.space == space_of(clip)
+    found.refuse_other(others.parts, space=others.space)
+    report = found.report(others.parts, others.targets)
+    # The mean embedding, which maps of zero and a bias would give, is what any map has to beat.
+    constant = 1 - torch.cosine_similarity(others.targets.mean(0)[None], others.targets).mean()
+    assert report.cosine_distance < 0.8 * float(constant)
+    rate = aligners.match_of(model, clip, found, others.parts)
+    assert (rate is None) == (name == "dino")
+    if rate is not None:
+        assert rate.mean > rate.mean_chance
+        assert found.fit_report.match_rate is not None
+
+
+def test_shipped_aligners_are_not_large():
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 15e6
+
+
+# ---- shipping
+
+
+def test_what_is_shipped_is_what_was_fitted(folder):
+    entry = json.loads((folder / MANIFEST).read_text())["deit"]
+    assert entry["sha256"] == manifest()["deit"]["sha256"]
+    assert entry["aligner"]["weights"] == {name: manifest()[name]["sha256"] for name in ("deit", "clip")}
+    assert entry["aligner"]["scenes"] == {"train": 80, "validation": 40}
+    found = aligners.aligner("deit", folder=folder)
+    assert found.method == "compalign"
+    assert len(found.fit_report.distances) == entry["aligner"]["measured on"] == 40
+    assert set(entry["aligner"]["measured"]) == {
+        "cosine distance",
+        "isometry residual",
+        "match rate",
+        "match rate by chance",
+    }
+    assert found.fit_report.match_rate == pytest.approx(entry["aligner"]["measured"]["match rate"], abs=1e-4)
+    again = aligners.collected(load_original("deit"), load_original("clip"), {"test": 40})
+    assert aligners.match_of(load_original("deit"), load_original("clip"), found, again.parts).mean == pytest.approx(
+        found.fit_report.match_rate
+    )
+
+
+def test_an_aligner_of_other_weights_or_another_file_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    known = json.loads((tmp_path / MANIFEST).read_text())
+
+    def refused(message):
+        (tmp_path / MANIFEST).write_text(json.dumps(known))
+        with as_users_run_it(), pytest.raises(StoreError, match=message):
+            aligners.aligner("deit", folder=tmp_path)
+
+    for other in ("deit", "clip"):
+        before, known[other]["sha256"] = known[other]["sha256"], "0"
+        refused(f"fitted to other weights of {other!r}.*align --ship")
+        known[other]["sha256"] = before
+    path = tmp_path / known["deit"]["aligner"]["file"]
+    path.write_bytes(path.read_bytes()[:-1])
+    refused("is not that of the testbed's manifest")
+    del known["deit"]["aligner"]
+    refused("knows of no aligner of 'deit'")
+    for name in ("clip", "dieit"):
+        with pytest.raises(UnknownNameError, match="no aligner of"):
+            aligners.aligner(name)
+
+
+def test_the_command_fits_without_writing_into_the_package(monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in WEIGHTS.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["align", "dino", "--scenes", "60", "--tested", "20"])
+    align.main()
+    assert capsys.readouterr().out.startswith("dino: AlignmentReport(20 images: cosine distance ")
+    assert {path: path.stat().st_mtime_ns for path in WEIGHTS.iterdir()} == before
+    monkeypatch.setattr(sys, "argv", ["align", "clip"])
+    with pytest.raises(SystemExit):
+        align.main()
+    assert "no model 'clip' to align; there are deit, dino" in capsys.readouterr().err
+
+
+# ---- what is fitted
+
+
+def test_what_is_collected_is_what_the_models_say(untrained):
+    model, clip, fitted, others = untrained
+    assert fitted.parts.values.shape[1] == len(fitted.targets) == 180
+    images = testbed.normalised(testbed.Scenes("test", seed=aligners.SEED, size=60).images(range(60)))
+    torch.testing.assert_close(others.targets, clip.encode_image(images))
+    representation = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(others.parts.total, representation, rtol=1e-4, atol=1e-4)
+    some = others.images(torch.tensor([3, 1]))
+    torch.testing.assert_close(some.targets, others.targets[[3, 1]])
+    torch.testing.assert_close(some.parts.total, others.parts.total[[3, 1]])
+    one = Aligner.fit(fitted.parts, fitted.targets, epochs=0, space=fitted.space)
+    other = replace(others.parts, metadata={**others.parts.metadata, "weights": "another"})
+    with pytest.raises(InputError, match="weights="):
+        one.refuse_other(other)
+
+
+def test_methods_are_compared_on_the_same_scenes(untrained):
+    model, clip, fitted, others = untrained
+    methods = ("compalign", "orthogonal", "shared")
+    found = align.compared(model, clip, fitted, others, methods=methods, seeds=(0, 1), scenes=150)
+    assert set(found) == set(methods)
+    for numbers in found.values():
+        assert set(numbers) == {"cosine distance", "isometry residual", "match rate", "by chance"}
+        assert all(len(column) == 2 for column in numbers.values())
+        assert numbers["cosine distance"][0] != numbers["cosine distance"][1]
+    assert max(found["orthogonal"]["isometry residual"]) < 1e-5
+    order = torch.randperm(180, generator=torch.Generator().manual_seed(1))[:150]
+    drawn = fitted.images(order)
+    aligner = Aligner.fit(drawn.parts, drawn.targets, method="shared", space=drawn.space, seed=1)
+    assert aligner.report(others.parts, others.targets).cosine_distance == pytest.approx(
+        found["shared"]["cosine distance"][1]
+    )
+    rate = aligners.match_of(model, clip, aligner, others.parts)
+    assert rate.mean == pytest.approx(found["shared"]["match rate"][1])
+
+
+def test_class_names_are_those_of_the_classifier(untrained):
+    model, clip, *_ = untrained
+    names = aligners.class_names(clip)
+    assert names.texts == CLASSES
+    assert len(class_vectors(model)) == len(CLASSES)
+    wanted = testbed.banks.text_bank(clip, ["a red object"], templates=testbed.banks.TEMPLATES)
+    torch.testing.assert_close(names["red"], wanted.directions[0])
+
+
+# ---- tables
+
+
+def numbers(**rates):
+    return {method: {"match rate": list(rate), "cosine distance": [0.25] * len(rate)} for method, rate in rates.items()}
+
+
+def test_a_table_has_what_there_is():
+    found = {"deit": numbers(compalign=(0.5, 0.6), shared=(0.25, 0.25)), "dino": {"shared": {"cosine distance": [1.5]}}}
+    found["deit"]["compalign"]["by chance"] = [0.125, 0.125]
+    assert align.table(found).splitlines() == [
+        "| cosine distance | deit | dino |",
+        "| --- | --- | --- |",
+        "| compalign | .250 ± .000 | – |",
+        "| shared | .250 ± .000 | 1.50 ± .000 |",
+        "",
+        "| match rate | deit | dino |",
+        "| --- | --- | --- |",
+        "| compalign | .550 ± .071 | – |",
+        "| shared | .250 ± .000 | – |",
+        "| by chance | .125 ± .000 | – |",
+    ]
+
+
+def test_the_papers_order_is_told_as_it_is():
+    found = {
+        "deit": numbers(compalign=(0.5, 0.6), unconstrained=(0.4, 0.4), shared=(0.1, 0.2)),
+        "reg": numbers(compalign=(0.5, 0.6), unconstrained=(0.52, 0.57), shared=(0.1, 0.2)),
+        "swin": numbers(compalign=(0.5, 0.6), unconstrained=(0.4, 0.4), shared=(0.4, 0.5)),
+        "dino": {"shared": {"cosine distance": [1.5]}},
+    }
+    said = align.order(found).splitlines()
+    assert said[0].endswith("compalign - unconstrained .150 ± .071, unconstrained - shared .250 ± .071: holds")
+    assert said[1].endswith("holds, but not beyond the spread of seeds")
+    assert said[2].endswith("unconstrained - shared -.050 ± .071: does not hold")
+    assert said[3].endswith("holds in 2 of 3 models.")
+    assert len(said) == 4

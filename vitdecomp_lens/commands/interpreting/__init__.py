@@ -1,0 +1,1 @@
+"""What ``vitdecomp-lens interpret`` does: one file for each question."""

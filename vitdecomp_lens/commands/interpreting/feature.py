@@ -1,0 +1,113 @@
+"""``vitdecomp-lens interpret feature``: which components carry a feature."""
+
+import argparse
+from contextlib import ExitStack
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vitdecomp_lens.commands.interpreting.subjects import add_subject, subject_of
+from vitdecomp_lens.commands.interpreting.telling import add_json, add_named, cells, named_in, titled, write_json
+from vitdecomp_lens.commands.interpreting.words import Words, add_clip
+from vitdecomp_lens.commands.models import positive
+from vitdecomp_lens.commands.showing import tables
+from vitdecomp_lens.interpret.features import FeatureScores, score_features
+
+ABOUT = (
+    "Correlation: over images, of what the component writes along the feature with what the whole model writes there. "
+    "Share: of the variance along the feature, by covariance; the shares of all components sum to 100 %. p: how often "
+    "chance gives as much."
+)
+
+
+def add_to(questions: Any) -> None:
+    """Add the question."""
+    parser = questions.add_parser(
+        "feature",
+        help="which components carry a feature",
+        description="Rank components by their score for a feature, with intervals over images and p-values. Features "
+        "are the testbed's for its CLIP (colour, shape, ...), the paper's for others (colour, texture, ...), and "
+        "NAME=FILE for texts of your own.",
+    )
+    add_named(parser, "FEATURE", "features by name, or NAME=FILE; all there are by default")
+    add_subject(parser)
+    add_clip(parser)
+    against = "rank by how much more a component scores for the feature than for any of these"
+    parser.add_argument("--against", nargs="+", default=[], metavar="FEATURE", help=against)
+    parser.add_argument(
+        "--by", choices=("correlation", "covariance"), default="correlation", help="rank by (correlation)"
+    )
+    parser.add_argument("--top", type=positive, default=10, metavar="K", help="how many components to show (10)")
+    resamples = "resamples that intervals are from, and orders that p-values are from, at least (1000)"
+    parser.add_argument("--resamples", type=positive, default=1000, metavar="N", help=resamples)
+    parser.add_argument("--seed", type=int, default=0, help="of resamples and orders (0)")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, errors: Console) -> int:
+    """Score, and print a ranking for each feature."""
+    path, named = named_in(options)
+    with ExitStack() as stack:
+        words = Words(options, errors)
+        features = words.features(named)
+        others = words.features(options.against) if options.against else {}
+        subject = subject_of(options, path, words, errors, stack)
+        scores = score_features(
+            subject.batches(),
+            features | others,
+            bootstrap=options.resamples,
+            permutations=options.resamples,
+            seed=options.seed,
+        )
+    shown = {name: _ranked(scores, name, options) for name in features}
+    console = tables()
+    for name, ranked in shown.items():
+        console.print(_table(scores, name, ranked, len(features[name])))
+        console.print()
+    answer = {name: [_told(scores, name, label) for label in ranked] for name, ranked in shown.items()}
+    facts = {"space": scores.space, "images": scores.images, "by": options.by, "against": options.against}
+    write_json(options.json, "feature", {**facts, "features": answer})
+    return 0
+
+
+def _ranked(scores: FeatureScores, feature: str, options: argparse.Namespace) -> tuple[str, ...]:
+    if options.against:
+        return scores.select(feature, against=options.against, k=options.top, by=options.by)
+    return tuple(label for label, _ in scores.top(feature, options.top, by=options.by))
+
+
+def _table(scores: FeatureScores, feature: str, ranked: tuple[str, ...], texts: int) -> Table:
+    above = len(scores.significant(feature))
+    found = f"{above} of {len(scores)} components correlate by more than chance, 5 % of these by mistake"
+    table = titled(f"Which components carry {feature}", f"{texts} texts, {scores.images} images. {found}. {ABOUT}")
+    table.add_column("component")
+    for heading in ("correlation", "interval", "p", "share", "interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label in ranked:
+        one = _told(scores, feature, label)
+        correlation, share = one["correlation"], one["share"]
+        table.add_row(
+            *cells(
+                label,
+                f"{correlation['value']:+.2f}",
+                f"{correlation['low']:+.2f} to {correlation['high']:+.2f}",
+                f"{correlation['p']:.3f}",
+                f"{100 * share['value']:.1f} %",
+                f"{100 * share['low']:.1f} to {100 * share['high']:.1f}",
+            )
+        )
+    return table
+
+
+def _told(scores: FeatureScores, feature: str, label: str) -> dict[str, Any]:
+    """One component's scores; covariances as shares of the variance of the whole."""
+    correlation, covariance = scores.score(label, feature), scores.score(label, feature, by="covariance")
+    whole = float(scores.total[scores.features.index(feature)])
+    share = {name: _of(getattr(covariance, name), whole) for name in ("value", "low", "high")}
+    return {"component": label, "correlation": vars(correlation), "share": {**share, "p": covariance.p}}
+
+
+def _of(value: float, whole: float) -> float:
+    return value / whole if whole else float("nan")

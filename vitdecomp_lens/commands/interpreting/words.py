@@ -1,0 +1,166 @@
+"""The texts of the command line: which CLIP embeds them, and which they are."""
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from vitdecomp_lens import weights
+from vitdecomp_lens.clip import TextBank, banks, templates
+from vitdecomp_lens.clip.text_embedding import space_of
+from vitdecomp_lens.commands.models import TESTBED
+from vitdecomp_lens.commands.showing import bar
+from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
+
+GENERAL = "general"
+
+
+def add_clip(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which CLIP embeds texts."""
+    parser.add_argument(
+        "--clip",
+        metavar="NAME",
+        help="the CLIP that embeds texts: a model of open_clip, or testbed/clip (testbed/clip)",
+    )
+    parser.add_argument("--clip-pretrained", metavar="TAG", help="the weights of that CLIP, such as openai")
+    parser.add_argument("--text-cache", type=Path, metavar="DIR", help="a folder that keeps embedded texts")
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says which texts there are to choose from."""
+    texts = "a file of texts, one a line; or a bank: general (the default), or one of its subjects, such as animals"
+    parser.add_argument("--texts", default=GENERAL, metavar="FILE|BANK", help=texts)
+
+
+class Words:
+    """Texts as directions in a CLIP's space.
+
+    Args:
+        options: Of the command line, as `add_clip` has them.
+        errors: Where progress is shown.
+
+    Raises:
+        UnknownNameError: If there is no such CLIP.
+        InputError: If its weights cannot be loaded.
+    """
+
+    def __init__(self, options: argparse.Namespace, errors: Console) -> None:
+        self._name = options.clip or f"{TESTBED}clip"
+        self._cache, self._errors = options.text_cache, errors
+        self._of_testbed = self._name.startswith(TESTBED)
+        self.clip = self._loaded(options)
+
+    def _loaded(self, options: argparse.Namespace) -> nn.Module:
+        if not self._of_testbed:
+            return weights.create_open_clip(self._name, pretrained=options.clip_pretrained)
+        if options.clip_pretrained:
+            raise InputError("Models of the testbed come with their weights: leave out --clip-pretrained.")
+        from vitdecomp_lens import testbed
+
+        return testbed.load_original(self._name.removeprefix(TESTBED))
+
+    @cached_property
+    def space(self) -> str:
+        """The space of the directions."""
+        return space_of(self.clip)
+
+    def bank(self, name: str) -> TextBank:
+        """A bank by its name, or a file of texts.
+
+        Raises:
+            UnknownNameError: If it is neither.
+            InputError: If texts cannot be read or embedded.
+        """
+        known = self._banks()
+        if name in known:
+            return self._embedded(known[name]())
+        return self._embedded(_texts_of(name, known))
+
+    def features(self, named: Sequence[str]) -> dict[str, TextBank]:
+        """Features by name, or with a file of texts, as ``NAME=FILE``; all there are, if none is named.
+
+        Raises:
+            UnknownNameError: If there is no such feature or file.
+            InputError: If texts cannot be read or embedded, or a feature is named twice.
+        """
+        known = self._features()
+        found: dict[str, TextBank] = {}
+        for one in named or known:
+            name, _, file = one.partition("=")
+            if name in found:
+                raise InputError(f"Expected every feature once; {name!r} is named twice.")
+            if not file and name not in known:
+                raise UnknownNameError(
+                    f"There is no feature {name!r}; {near_matches(name, known)} For one of your own: {name}=FILE, a "
+                    f"file of texts, one a line."
+                )
+            put_into = None if file else self._templates()
+            found[name] = self._embedded(_texts_of(file, ()) if file else known[name], put_into)
+        return found
+
+    def _banks(self) -> Mapping[str, Callable[[], Iterable[str]]]:
+        if self._of_testbed:
+            from vitdecomp_lens.testbed import banks as of_testbed
+
+            return {GENERAL: of_testbed.general, "objects": of_testbed.objects, "captions": of_testbed.captions}
+        subjects = {name: (lambda texts=texts: texts) for name, texts in banks.categories().items()}
+        return {GENERAL: banks.general, **subjects}
+
+    def _features(self) -> Mapping[str, tuple[str, ...]]:
+        if self._of_testbed:
+            from vitdecomp_lens.testbed import banks as of_testbed
+
+            return of_testbed.features()
+        return banks.paper_features()
+
+    def _templates(self) -> tuple[str, ...]:
+        """What fits the texts of features."""
+        if self._of_testbed:
+            from vitdecomp_lens.testbed import banks as of_testbed
+
+            return of_testbed.TEMPLATES
+        return templates.imagenet()
+
+    def _embedded(self, texts: Iterable[str], put_into: Sequence[str] | None = None) -> TextBank:
+        with bar(self._errors, "embedding texts") as (progress, task):
+            return TextBank.from_open_clip(
+                self.clip,
+                texts,
+                templates=put_into,
+                tokenizer=self._tokenizer,
+                cache=self._cache,
+                space=self.space,
+                progress=lambda done, of: progress.update(task, completed=done / of),
+            )
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        if self._of_testbed:
+            from vitdecomp_lens.testbed import tokenize
+
+            return tokenize
+        import open_clip
+
+        try:
+            return open_clip.get_tokenizer(self._name)
+        except (OSError, ImportError, RuntimeError, ValueError) as error:  # some come from a hub
+            raise InputError(f"The tokenizer of {self._name!r} cannot be had: {error}.") from error
+
+
+def _texts_of(file: str, known: Iterable[str]) -> list[str]:
+    """The lines of a file that are not blank."""
+    path = Path(file)
+    if not path.is_file():
+        hint = f" There is no bank of that name either; {near_matches(file, known)}" if known else ""
+        raise UnknownNameError(f"Expected a file of texts, one a line; there is no file {file!r}.{hint}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"The texts of {file!r} cannot be read: {error}. Give a text file, one text a line."
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
