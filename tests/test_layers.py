@@ -41,6 +41,7 @@ LAYERS = (
     {"store"},
     {"collect"},
     {"interpret"},
+    {"class_match"},
     {"testbed"},
     {"commands"},
     {"cli"},
@@ -72,6 +73,22 @@ FROZEN = (
     "kept",
     "trace",
     "places",
+)
+
+# Lowest first: what siblings in ``interpret`` share. All else there, a file or a folder, is a sibling.
+SHARED = (
+    "statistics",
+    "readings",
+    "moments",
+    "pursuit",
+    "vectors",
+    "feature_scores",
+    "scoring",
+    "concepts",
+)
+# What runs a model.
+RUN_MODELS = tuple(
+    f"vitdecomp_lens.{name}" for name in ("hooked", "decompose", "explain", "verify", "interven", "collect")
 )
 
 
@@ -144,3 +161,26 @@ def test_whoever_imports_the_adjoints_has_all_of_them():
     files = files_of_the_physics()
     of_the_folder = {name for name in files if name.startswith("adjoints.")}
     assert of_the_folder <= imports_within_the_physics(files["adjoints.__init__"])
+
+
+def siblings_of_interpretation():
+    """The files of ``interpret``, each with the name of the file or folder there that it belongs to."""
+    folder = ROOT / "interpret"
+    paths = [path for path in folder.rglob("*.py") if path != folder / "__init__.py"]
+    return [(path.relative_to(folder).with_suffix("").parts[0], path) for path in paths]
+
+
+def test_ways_to_interpret_import_only_what_they_share():
+    names = {mine for mine, _ in siblings_of_interpretation()}
+    assert set(SHARED) < names
+    for mine, path in siblings_of_interpretation():
+        below = SHARED[: SHARED.index(mine)] if mine in SHARED else SHARED
+        for name in imports(path):
+            if name.startswith("vitdecomp_lens.interpret."):
+                assert name.split(".")[2] in {mine, *below}, f"{path.name} imports {name}"
+
+
+def test_interpretation_runs_no_model():
+    for _, path in siblings_of_interpretation():
+        for name in imports(path):
+            assert not name.startswith(RUN_MODELS), f"{path.name} imports {name}"

@@ -11,8 +11,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.fx import Node
 from transformer_lens.hook_points import HookPoint
@@ -22,7 +20,7 @@ from vitdecomp_lens.coverage import Stop
 from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
 from vitdecomp_lens.frozen.branches import Branch, Where
 from vitdecomp_lens.frozen.graph import FrozenGraph
-from vitdecomp_lens.frozen.places import SAME, lattice, places, token_places
+from vitdecomp_lens.frozen.places import lattice, places, token_places, varying_axes
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import walk
 from vitdecomp_lens.points import hook_points
@@ -178,7 +176,7 @@ class Foreign:
         node = self.graph.points[hook]
         if len(sizes(node)) == 3 or any(hook in p.hooks.values() and not p.given for p in self.parts):
             return (1,)
-        return _varying_axes(places(self.graph, [node])[node])
+        return varying_axes(places(self.graph, [node])[node])
 
     def token_grid(self, images: Tensor, hook: str) -> TokenGrid:
         """Which pixels each token stands for, found by following places through the graph."""
@@ -218,13 +216,6 @@ class Foreign:
     def stops(self) -> tuple[Stop, ...]:
         """Behind what branches are hidden."""
         return self.traced.stops
-
-
-def _varying_axes(placed: Float[Tensor, "2 *shape"]) -> tuple[int, ...]:
-    """The axes of a value along which places differ."""
-    least, largest = placed.nan_to_num(torch.inf), placed.nan_to_num(-torch.inf)
-    axes = range(1, placed.dim() - 1)
-    return tuple(d for d in axes if bool((largest.amax(d + 1) - least.amin(d + 1) > SAME).any()))
 
 
 def _all_points(traced: Traced, by: Any) -> tuple[Point, ...]:

@@ -62,7 +62,7 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace, errors: Console) -> int:
     """Collect."""
     errors = errors if os.environ.get("RANK", "0") == "0" else Console(stderr=True, quiet=True)
-    source = _source(options.source)
+    source = source_of(options.source)
     device = _device(options.device)
     with Pace(errors) as pace:
         model, clip = _models(options)
@@ -100,7 +100,8 @@ def _say(store: Store, seconds: float, errors: Console) -> None:
         errors.print(Text(f"and {len(store.skipped) - LISTED} more, listed in complete.json."), soft_wrap=True)
 
 
-def _source(name: str) -> Any:
+def source_of(name: str) -> Any:
+    """What images a name on the command line stands for: a folder, or scenes of the testbed."""
     scenes = re.fullmatch(r"testbed:([^:]+):(\d+)", name)
     if scenes is None:
         if name.startswith("testbed:"):

@@ -91,6 +91,13 @@ def token_places(placed: Float[Tensor, "2 *shape"], token_axes: Sequence[int]) -
     return _mean(placed.permute(0, *axes, *others), range(len(axes) + 1, placed.dim())).flatten(1).T
 
 
+def varying_axes(placed: Float[Tensor, "2 *shape"]) -> tuple[int, ...]:
+    """The axes of a value along which places differ."""
+    least, largest = placed.nan_to_num(torch.inf), placed.nan_to_num(-torch.inf)
+    axes = range(1, placed.dim() - 1)
+    return tuple(d for d in axes if bool((largest.amax(d + 1) - least.amin(d + 1) > SAME).any()))
+
+
 def lattice(found: Float[Tensor, "token 2"], image_size: tuple[int, int]) -> tuple[TokenGrid, tuple[int, ...]] | None:
     """The rows and columns in which tokens stand in the image.
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -16,7 +14,7 @@ from vitdecomp_lens.decomposable import Decomposable
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, near_matches
 from vitdecomp_lens.foreign import Foreign
 from vitdecomp_lens.frozen.graph import FrozenGraph, NamesParameters
-from vitdecomp_lens.frozen.places import SAME, places
+from vitdecomp_lens.frozen.places import places, varying_axes
 from vitdecomp_lens.frozen.trace import Read, trace
 from vitdecomp_lens.hooked.checks import check_module
 from vitdecomp_lens.points import hook_points
@@ -186,7 +184,7 @@ class Subject:
         assert self._graph is not None
         graph = self._graph()
         node = graph.points.get(point.hook)
-        return () if node is None else _varying_axes(places(graph, [node])[node])
+        return () if node is None else varying_axes(places(graph, [node])[node])
 
     def padding(self, point: Point, images: Tensor) -> tuple[int, ...]:
         """Which tokens of a point's value are padding: they stand for nothing, and what is written there is dropped."""
@@ -227,10 +225,3 @@ def _spot_at(point: Point, label: str) -> Spot | None:
         return None
     (component,) = replace(point, first=int(digits[0])).components(1)
     return Spot(component, point, int(digits[0]) - point.first) if component.label == label else None
-
-
-def _varying_axes(placed: Float[Tensor, "2 *shape"]) -> tuple[int, ...]:
-    """The axes of a value along which entries stand at different places of the image."""
-    least, largest = placed.nan_to_num(torch.inf), placed.nan_to_num(-torch.inf)
-    spread: Any = [(largest.amax(d + 1) - least.amin(d + 1) > SAME).any() for d in range(1, placed.dim() - 1)]
-    return tuple(axis for axis, varies in enumerate(spread, start=1) if bool(varies))

@@ -1,7 +1,5 @@
 """Aligners of the testbed's models into the space of its CLIP: those that are shipped, and how they are made."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from vitdecomp_lens.interpret.match_rate import MatchRate
 from vitdecomp_lens.testbed.banks import TEMPLATES, features, text_bank
 from vitdecomp_lens.testbed.models import BUILDERS, CLASSES, normalised
 from vitdecomp_lens.testbed.scenes import ATTRIBUTES, Scenes
-from vitdecomp_lens.testbed.shipped import MANIFEST, WEIGHTS, load_original, record
+from vitdecomp_lens.testbed.shipped import WEIGHTS, load_original, manifest, record, sha256_of
 
 ALIGNED = tuple(name for name in BUILDERS if name != "clip")
 AGAIN = "Fit them again: python -m vitdecomp_lens.testbed.align --ship"
@@ -54,12 +52,12 @@ def aligner(name: str, *, folder: Path = WEIGHTS) -> Aligner:
     """
     if name not in ALIGNED:
         raise UnknownNameError(f"The testbed has no aligner of {name!r}; {near_matches(name, ALIGNED)}")
-    known = _known(folder)
+    known = manifest(folder)
     entry = known[name].get("aligner")
     if entry is None:
         raise StoreError(f"The testbed's manifest knows of no aligner of {name!r}. {AGAIN}")
     path = folder / entry["file"]
-    if not path.is_file() or _sha256(path) != entry["sha256"]:
+    if not path.is_file() or sha256_of(path) != entry["sha256"]:
         raise StoreError(
             f"The aligner {str(path)!r} is not that of the testbed's manifest: the file is missing, damaged or another."
             f" Install the package again."
@@ -152,10 +150,10 @@ def ship_aligner(name: str, *, scenes: int, tested: int, seed: int = 0, folder: 
     found = found if rate is None else matched(found, rate)
     path = folder / f"{name}.aligner.safetensors"
     found.save(path)
-    known = _known(folder)
+    known = manifest(folder)
     entry = {
         "file": path.name,
-        "sha256": _sha256(path),
+        "sha256": sha256_of(path),
         "weights": {other: known[other]["sha256"] for other in (name, "clip")},
         "scenes": split_sizes(scenes),
         "seed": seed,
@@ -172,12 +170,3 @@ def _measured(aligner: Aligner) -> dict[str, float]:
     numbers = {"cosine distance": report.cosine_distance, "isometry residual": float(report.isometry.mean())}
     more = {"match rate": report.match_rate, "match rate by chance": report.match_by_chance}
     return {name: round(number, 4) for name, number in (numbers | more).items() if number is not None}
-
-
-def _known(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return found
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

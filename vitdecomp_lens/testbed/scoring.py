@@ -9,8 +9,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import einsum
@@ -23,9 +25,10 @@ from vitdecomp_lens.decompose import attribute, decompose
 from vitdecomp_lens.decomposition import Attribution, ComponentMaps, Decomposition
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.hooked import HookedViT
-from vitdecomp_lens.interpret.statistics import bootstrap_counts, interval, spearman
+from vitdecomp_lens.interpret.statistics import bootstrap_counts, spearman
 from vitdecomp_lens.intervene import Reference, total_effects
 from vitdecomp_lens.intervening.reference import Replacing
+from vitdecomp_lens.selecting import Components
 from vitdecomp_lens.testbed.aligners import aligner
 from vitdecomp_lens.testbed.banks import TEMPLATES, features, text_bank
 from vitdecomp_lens.testbed.models import BUILDERS, normalised
@@ -35,13 +38,14 @@ from vitdecomp_lens.testbed.shipped import load_original
 SCORES = ("correlation", "covariance")
 BASELINES = ("variance along texts", "variance", "norm", "random")
 TRUTHS = ("total effect", "size of effect", "probe", "CLIP")
+GROUPS = ("all components", "heads")
 BY_FEATURE = "CLIP, features of a component"
 OF_ONE_FEATURE = (*SCORES, "variance along texts", "random")  # the others order no features
 CHUNK = 250  # scenes at a time
+WITHIN = 1.96  # standard deviations, for intervals of 95 %
 ROUNDING = 16  # steps of rounding, relative to a value's length, below which its deviations are nothing
 SHRINKAGE = 0.01  # of the covariances that probes are made of
 
-Rows = Float[Tensor, "component batch width"]
 Agreements = dict[str, dict[str, Float[Tensor, "sample column"]]]  # by truth and order; the first sample is all images
 
 
@@ -53,7 +57,7 @@ class Seen:
     """What is known of a model's components on some images. All but lengths and hits is centred over them.
 
     Attributes:
-        labels: The components.
+        components: Those that are put in order.
         own: What each of them writes along the features' bases.
         removed: What the read-out along the bases loses when the component is ablated.
         whole: The read-out.
@@ -66,7 +70,7 @@ class Seen:
         of_texts: Which feature each text belongs to.
     """
 
-    labels: tuple[str, ...]
+    components: Components
     own: Float[Tensor, "component batch direction"]
     removed: Float[Tensor, "component batch direction"]
     whole: Float[Tensor, "1 batch direction"]
@@ -77,6 +81,13 @@ class Seen:
     wanted: Float[Tensor, "1 batch text"]
     of_directions: Float[Tensor, "direction feature"]
     of_texts: Float[Tensor, "text feature"]
+
+    def of_kind(self, kind: str) -> "Seen":
+        """The components of one kind."""
+        rows = [row for row, component in enumerate(self.components) if component.kind == kind]
+        by_component = ("own", "removed", "raw", "lengths", "hits", "alike")
+        kept: dict[str, Any] = {name: getattr(self, name)[rows] for name in by_component}
+        return replace(self, components=tuple(self.components[row] for row in rows), **kept)
 
 
 def seen(
@@ -113,7 +124,7 @@ def seen(
     alike = functional.normalize(values, dim=-1) @ texts.T
     wanted = functional.normalize(targets.double(), dim=-1)[None] @ texts.T
     return Seen(
-        labels=effects.labels,
+        components=effects.components,
         own=_centred(values @ bases_of(banks).double().T, eps * lengths),
         removed=_centred(-effects.values.double(), eps * length_of_whole),
         whole=_centred(whole, eps * length_of_whole),
@@ -140,7 +151,9 @@ def _rms(values: Float[Tensor, "row batch"]) -> Float[Tensor, "row"]:
     return values.square().mean(1).sqrt()
 
 
-def _centred(values: Rows, least: Float[Tensor, "component"]) -> Rows:
+def _centred(
+    values: Float[Tensor, "component batch width"], least: Float[Tensor, "#component"]
+) -> Float[Tensor, "component batch width"]:
     """Around the mean; of a row whose deviations are all rounding, nothing is left."""
     centred = values - values.mean(1, keepdim=True)
     deviations = centred.square().mean(1).sqrt()
@@ -175,7 +188,7 @@ def predicted(
     """
     classes = functional.one_hot(labels).to(fitted)
     classes = classes[:, classes.any(0)]  # a class that was never seen is never said
-    means = einsum(fitted, classes / classes.sum(0), "component other d_rep, other class -> component class d_rep")
+    means = einsum(fitted, classes / classes.sum(0), "component other d_rep, other value -> component value d_rep")
     rest = fitted - classes @ means
     covariance = rest.mT @ rest / len(labels)
     size = torch.diagonal(covariance, dim1=1, dim2=2).mean(1)
@@ -183,7 +196,7 @@ def predicted(
     # Of a component that does not vary, any covariance gives what is most frequent.
     shrunk = (1 - shrinkage) * covariance + shrinkage * size.where(size > 0, 1)[:, None, None] * identity
     weights = torch.linalg.solve(shrunk, means.mT)
-    offsets = (classes.mean(0)).log() - einsum(means, weights, "component k d, component d k -> component k") / 2
+    offsets = (classes.mean(0)).log() - einsum(means, weights, "row value d_rep, row d_rep value -> row value") / 2
     numbers = labels.unique()
     return numbers[(values @ weights + offsets[:, None]).argmax(-1)]
 
@@ -371,7 +384,7 @@ def evaluate(
     how: Replacing = "mean",
     centred: bool = False,
     resamples: int = 200,
-) -> dict[str, Agreements]:
+) -> dict[str, dict[str, Agreements]]:
     """How far orders agree for the testbed's models, the mean over several sets of scenes.
 
     Args:
@@ -382,31 +395,39 @@ def evaluate(
         centred: As for `World.drawn`.
         resamples: As for `agreements`.
 
+    Returns:
+        For each of `GROUPS`, that of each model.
+
     Raises:
         InputError: Where there is nothing to evaluate.
     """
     names = tuple(names)
     if not names or seeds < 1:
         raise InputError(f"Expected at least one model and one set of scenes; got {len(names)} and {seeds}.")
-    found: dict[str, list[Agreements]] = {name: [] for name in names}
-    for seed in range(seeds):
-        world = World.drawn(seed=seed, images=images, centred=centred)
-        for name in names:
-            maps = None if name == "clip" else aligner(name)
-            known = look(HookedViT(load_original(name)), world, maps=maps, how=how, seed=seed)
-            found[name].append(agreements(known, resamples=resamples, seed=seed))
-            sys.stderr.write(f"{name} on scenes {seed}: {len(known.labels)} components\n")
-    return {name: mean_of(several) for name, several in found.items()}
+    worlds = [World.drawn(seed=seed, images=images, centred=centred) for seed in range(seeds)]
+    found: dict[str, dict[str, Agreements]] = {group: {} for group in GROUPS}
+    for name in names:
+        model, maps = HookedViT(load_original(name)), None if name == "clip" else aligner(name)
+        known = [look(model, world, maps=maps, how=how, seed=seed) for seed, world in enumerate(worlds)]
+        for group, of in zip(GROUPS, (known, [one.of_kind("head") for one in known]), strict=True):
+            several = [agreements(one, resamples=resamples, seed=seed) for seed, one in enumerate(of)]
+            found[group][name] = mean_of(several)
+        sys.stderr.write(f"{name} is done\n")
+    return found
 
 
 # --- telling ---------------------------------------------------------------------------------------------------------
 
 
 def told(samples: Float[Tensor, "sample"]) -> tuple[float, float, float]:
-    """The number for all images, and the ends of its interval."""
-    value, *drawn = samples.tolist()
-    low, high = interval(samples[1:]) if drawn else (samples[0], samples[0])
-    return value, float(low), float(high)
+    """The number for all images, and the ends of its interval of 95 %.
+
+    The interval is as wide as resamples spread, around the number. In a resample some images are there twice and others
+    missing, so that near ranks change places and rank correlations are a little lower: percentiles of resamples would
+    be too low, at times all of them below the number itself.
+    """
+    value, deviation = float(samples[0]), float(samples[1:].std()) if len(samples) > 2 else 0.0
+    return value, value - WITHIN * deviation, value + WITHIN * deviation
 
 
 def summary(found: Mapping[str, Agreements]) -> str:
@@ -437,16 +458,16 @@ def duels(found: Mapping[str, Agreements]) -> str:
     A pair of a model and an attribute is won or lost where the interval of the difference is on one side of zero.
     """
     rows: dict[str, list[str]] = {}
-    for truth in TRUTHS:
-        for score in SCORES:
-            cells = []
-            for other in BASELINES:
-                columns = torch.cat([one[truth][score] - one[truth][other] for one in found.values()], -1)
-                won = sum(told(column)[1] > 0 for column in columns.T)
-                lost = sum(told(column)[2] < 0 for column in columns.T)
-                cells.append(f"{_cell(columns.mean(1))}; {won} : {lost} of {columns.shape[1]}")
-            rows[f"{truth}: {score}"] = cells
+    for truth, score in product(TRUTHS, SCORES):
+        against = [[one[truth][score] - one[truth][other] for one in found.values()] for other in BASELINES]
+        rows[f"{truth}: {score}"] = [_duel(torch.cat(columns, -1)) for columns in against]
     return _table("better than", list(BASELINES), rows)
+
+
+def _duel(differences: Float[Tensor, "sample pair"]) -> str:
+    ends = [told(column)[1:] for column in differences.T]
+    won, lost = sum(low > 0 for low, _ in ends), sum(high < 0 for _, high in ends)
+    return f"{_cell(differences.mean(1))}; {won} : {lost} of {len(ends)}"
 
 
 def _table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
@@ -456,24 +477,20 @@ def _table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]
 
 def _cell(samples: Float[Tensor, "sample"]) -> str:
     value, low, high = (f"{number:.2f}".replace("0.", ".", 1) for number in told(samples))
-    return value if len(samples) == 1 else f"{value} [{low}, {high}]"
+    return value if len(samples) < 3 else f"{value} [{low}, {high}]"
 
 
-def as_json(found: Mapping[str, Agreements]) -> dict[str, dict[str, dict[str, dict[str, list[float]]]]]:
+def as_json(found: Mapping[str, Agreements]) -> dict[str, Any]:
     """Every number with the ends of its interval: by model, truth, order, attribute."""
     return {
-        name: {
-            truth: {
-                order: {
-                    of: [round(number, 4) for number in told(column)]
-                    for of, column in zip(ATTRIBUTES if samples.shape[1] > 1 else ("all",), samples.T, strict=True)
-                }
-                for order, samples in orders.items()
-            }
-            for truth, orders in agreed.items()
-        }
+        name: {truth: {order: _ends(samples) for order, samples in of.items()} for truth, of in agreed.items()}
         for name, agreed in found.items()
     }
+
+
+def _ends(samples: Float[Tensor, "sample column"]) -> dict[str, list[float]]:
+    columns = ATTRIBUTES if samples.shape[1] == len(ATTRIBUTES) else ("all",)
+    return {of: [round(one, 4) for one in told(column)] for of, column in zip(columns, samples.T, strict=True)}
 
 
 def main() -> None:
@@ -500,10 +517,12 @@ def main() -> None:
         centred=options.centred,
         resamples=options.resamples,
     )
-    tables = [summary(found), duels(found), *(details(found, score) for score in SCORES)]
-    sys.stdout.write("\n\n".join(tables) + "\n")
+    for group, agreed in found.items():
+        tables = [f"**{group}**", summary(agreed), duels(agreed), *(details(agreed, score) for score in SCORES)]
+        sys.stdout.write("\n\n".join(tables) + "\n\n")
     if options.json:
-        options.json.write_text(json.dumps(as_json(found), indent=2) + "\n", encoding="utf-8")
+        numbers_of = {group: as_json(agreed) for group, agreed in found.items()}
+        options.json.write_text(json.dumps(numbers_of, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

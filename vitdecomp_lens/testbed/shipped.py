@@ -61,7 +61,7 @@ def load_original(name: str) -> nn.Module:
     """
     model = build(name)
     path = WEIGHTS / manifest()[name]["file"]
-    if not path.is_file() or _sha256(path) != manifest()[name]["sha256"]:
+    if not path.is_file() or sha256_of(path) != manifest()[name]["sha256"]:
         raise StoreError(
             f"The weights {str(path)!r} are not those of the testbed's manifest: the file is missing, damaged or"
             " another. Install the package again."
@@ -70,9 +70,9 @@ def load_original(name: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def manifest() -> dict[str, Any]:
+def manifest(folder: Path = WEIGHTS) -> dict[str, Any]:
     """How each of the trained models was made, and how good it is, by name."""
-    path = WEIGHTS / MANIFEST
+    path = folder / MANIFEST
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -100,7 +100,7 @@ def ship(name: str, model: nn.Module, *, recipe: Recipe, seed: int, scenes: int,
     save_file(state, path)
     entry = {
         "file": path.name,
-        "sha256": _sha256(path),
+        "sha256": sha256_of(path),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seed": seed,
         "scenes": scenes,
@@ -130,5 +130,6 @@ def _halved(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.half() if tensor.is_floating_point() else tensor
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """What tells a file from any other."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

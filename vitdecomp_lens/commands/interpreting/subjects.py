@@ -180,7 +180,7 @@ def _collected(options: argparse.Namespace, model: HookedViT | None, folder: Pat
     if model is None:
         model = HookedViT(named_model(options.model, options, open_clip=options.open_clip)[0])
     with Pace(errors) as pace:
-        images = collecting._source(source)
+        images = collecting.source_of(source)
         pace.start()
         return collect(model, images, folder, keep=("contributions", "representations"), progress=pace)
 
