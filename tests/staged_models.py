@@ -6,7 +6,7 @@ pixel may reach beyond its own where patch embeddings overlap.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from tiny_models import perturb
 from torch import nn
+
+from vitdecomp_lens import HookedViT
 
 SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 WIDE_SWIN = {**SWIN, "img_size": (36, 28), "depths": (2, 2, 2), "num_heads": (2, 2, 4)}  # merging pads, too
@@ -158,6 +160,12 @@ def parametrized(*, swept: bool = False) -> list:
 def size_of(name: str) -> tuple[int, int]:
     """Height and width of the images of a model."""
     return SIZES.get(name, (32, 32) if name.startswith("swin") else (64, 64))
+
+
+@cache
+def shared(name: str, dtype: torch.dtype = torch.float64) -> tuple[HookedViT, torch.Tensor]:
+    """A hooked model and images, for tests that leave the model as it is: what takes time is to trace it."""
+    return HookedViT(STAGED_MODELS[name]().to(dtype)), images_for(name, dtype=dtype)
 
 
 def images_for(name: str, batch: int = 2, *, seed: int = 1, dtype: torch.dtype = torch.float64) -> torch.Tensor:

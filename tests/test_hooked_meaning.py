@@ -460,15 +460,15 @@ def test_the_way_through_results_and_split_inputs_is_made_of_products(name):
 
 
 @pytest.mark.parametrize("name", ["parallel_scaling_fused", "diff_parallel_scaling", "no_biases"])
-@pytest.mark.parametrize("look", ["blocks.1.hook_attn_out", "blocks.1.attn.hook_z", "blocks.1.attn.hook_result"])
-def test_what_has_no_output_bias_adds_none(name, look):
+def test_what_has_no_output_bias_adds_none(name):
     model, images = exact(name)
     model.set_use_attn_result(True)
-    with model.hooks([(look, lambda value, hook: None)]):
-        parts = decompose(model, images, by="head")
-    constants = [component.label for component in parts.components if component.kind == "constant"]
-    assert constants
-    assert [label for label in constants if not parts[label].any()] == []
+    for look in ("blocks.1.hook_attn_out", "blocks.1.attn.hook_z", "blocks.1.attn.hook_result"):
+        with model.hooks([(look, lambda value, hook: None)]):
+            parts = decompose(model, images, by="head")
+        constants = [component.label for component in parts.components if component.kind == "constant"]
+        assert constants
+        assert [label for label in constants if not parts[label].any()] == []
     attn = model.hooked_blocks[1].attentions["attn"]
     assert not attn.has_output_bias
     assert attn.b_O.shape == (32,)

@@ -1,11 +1,9 @@
 """timm's MaxxVit models: what is particular to them beside what `test_staged` says of every family."""
 
-from functools import cache
-
 import pytest
 import torch
 from PIL import Image
-from staged_models import STAGED_MODELS, images_for, parametrized
+from staged_models import STAGED_MODELS, images_for, parametrized, shared
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg
 from torch import nn
 
@@ -19,16 +17,11 @@ NAMES = [name for name in STAGED_MODELS if name.startswith(("max", "coat"))]
 SWEPT = [name for name in parametrized(swept=True) if name.values[0] in NAMES]
 
 
-@cache  # no test changes a model, and what takes time is to trace one
-def model_and_images(name):
-    return HookedViT(STAGED_MODELS[name]().double()), images_for(name)
-
-
 # --- components and the representation ------------------------------------------------------------------------------
 
 
 def test_convolutions_are_components_of_their_own():
-    model, images = model_and_images("maxvit")
+    model, images = shared("maxvit")
     parts = decompose(model, images, by="layer")
     branches = [
         f"{kind}.{3 * unit + below}" for unit in range(3) for below, kind in enumerate(("conv", "attn", "attn"))
@@ -41,7 +34,7 @@ def test_convolutions_are_components_of_their_own():
 
 
 def test_two_attentions_side_by_side_number_their_heads_through():
-    model, images = model_and_images("maxvit_parallel")
+    model, images = shared("maxvit_parallel")
     block = model.hooked_blocks[2]
     assert [attn.heads for attn in block.attentions.values()] == [2, 2]
     heads = [c.head for c in decompose(model, images).components if c.kind == "head" and c.layer == 2]
@@ -54,7 +47,7 @@ def test_two_attentions_side_by_side_number_their_heads_through():
 
 
 def test_the_representation_is_what_enters_the_hidden_layers_activation():
-    model, images = model_and_images("maxvit_tf")
+    model, images = shared("maxvit_tf")
     _, cache = model.run_with_cache(images, names_filter="hook_representation")
     original, seen = model.original, []
     handle = original.head.pre_logits.act.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -67,7 +60,7 @@ def test_the_representation_is_what_enters_the_hidden_layers_activation():
 
 
 def test_logits_behind_an_activation_are_refused():
-    model, images = model_and_images("maxvit_tf")
+    model, images = shared("maxvit_tf")
     with pytest.raises(InputError, match="activation function"):
         _ = model.W_U
     with pytest.raises(InputError, match="activation function"):
@@ -78,7 +71,7 @@ def test_logits_behind_an_activation_are_refused():
 
 @pytest.mark.parametrize("name", ["maxvit", "coatnet"])
 def test_the_classifier_reads_the_representation(name):
-    model, images = model_and_images(name)
+    model, images = shared(name)
     logits, cache = model.run_with_cache(images, names_filter="hook_representation")
     torch.testing.assert_close(cache["hook_representation"] @ model.W_U + model.b_U, logits)
     parts = decompose(model, images, by="layer", of="logits")
@@ -89,7 +82,7 @@ def test_the_classifier_reads_the_representation(name):
 
 @pytest.mark.parametrize("name", SWEPT)
 def test_the_fast_way_is_taken(name):
-    model, images = model_and_images(name)
+    model, images = shared(name)
     points = {point.hook: point.axis for point in model.component_points("head")}
     graph = trace(model, images[:1], listened=list(points))
     program = graph.program(graph.cut(list(points)), splits=points, dtype=torch.float64)
@@ -101,14 +94,14 @@ def test_the_fast_way_is_taken(name):
 
 @pytest.mark.parametrize(("name", "size"), [("maxvit", (48, 64)), ("maxvit", (64, 63)), ("maxvit_tf", (32, 40))])
 def test_sizes_that_windows_do_not_divide_are_refused(name, size):
-    model, images = model_and_images(name)
+    model, images = shared(name)
     assert model.image_spec.multiple_of == (32, 32)
     with pytest.raises(InputError, match="multiples of 32 and 32"):
         model(images.new_zeros(1, 3, *size))
 
 
 def test_other_sizes_that_windows_divide():
-    model, _ = model_and_images("maxvit")
+    model, _ = shared("maxvit")
     images = torch.randn(1, 3, 32, 96, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     assert torch.equal(model(images), model.original(images))
     parts = decompose(model, images)
@@ -119,7 +112,7 @@ def test_other_sizes_that_windows_divide():
 
 
 def test_positions_of_a_whole_image_fix_its_size():
-    model, images = model_and_images("coatnet")
+    model, images = shared("coatnet")
     assert model.image_spec.size == (64, 64)
     with pytest.raises(InputError, match="64"):
         model(images[:, :, :32])
@@ -131,7 +124,7 @@ def test_positions_of_a_whole_image_fix_its_size():
 @pytest.mark.parametrize("name", ["maxvit", "maxvit_channels_first", "maxvit_rmlp_not_square", "maxvit_parallel"])
 def test_tokens_attend_within_their_window_or_their_grid(name):
     """A token's values reach the tokens of its window, or those a fixed number of rows and columns apart."""
-    model, images = model_and_images(name)
+    model, images = shared(name)
     attentions = [
         (f"blocks.{number}.{below}", kind)
         for number, block in enumerate(model.hooked_blocks)
@@ -167,7 +160,7 @@ def _kinds(block):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_what_the_hooks_show(name):
-    model, images = model_and_images(name)
+    model, images = shared(name)
     _, cache = model.run_with_cache(images)
     for number, block in enumerate(model.hooked_blocks):
         if not block.attentions:
@@ -194,7 +187,7 @@ def test_weights_are_what_the_hooks_show(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stream_is_the_sum_of_what_is_added(name):
-    model, images = model_and_images(name)
+    model, images = shared(name)
     _, cache = model.run_with_cache(images)
     for number, block in enumerate(model.hooked_blocks):
         here = lambda hook, number=number: cache[f"blocks.{number}.{hook}"]  # noqa: E731
@@ -211,7 +204,7 @@ def test_the_stream_is_the_sum_of_what_is_added(name):
 
 
 def test_separate_inputs_of_heads_are_refused():
-    model, _ = model_and_images("maxvit")
+    model, _ = shared("maxvit")
     with pytest.raises(InputError, match="Separate inputs"):
         model.set_use_split_qkv_input(True)
 
@@ -249,7 +242,7 @@ def test_a_logit_behind_an_activation_function_is_explained_with_that_frozen(tmp
 
 
 def test_the_frozen_classifier_is_the_classifier_at_its_image_and_only_there():
-    model, images = model_and_images("maxvit_tf")
+    model, images = shared("maxvit_tf")
     logits, cache = model.run_with_cache(images, names_filter="hook_representation")
     first, second = cache["hook_representation"]
     weight, bias = model.unembedding_at(first)

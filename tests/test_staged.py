@@ -1,11 +1,9 @@
 """Windows and stages: what holds for every model of the catalogue, whatever its family."""
 
-from functools import lru_cache
-
 import pytest
 import torch
 from PIL import Image
-from staged_models import OVERLAP, STAGED_MODELS, images_for, parametrized, size_of
+from staged_models import OVERLAP, STAGED_MODELS, images_for, parametrized, shared, size_of
 
 from vitdecomp_lens import HookedViT, attribute, attribute_tokens, decompose, verify
 from vitdecomp_lens.explain import explain
@@ -19,12 +17,6 @@ one_of_each_kind = pytest.mark.parametrize("name", parametrized(swept=True), sco
 
 def model_and_images(name, dtype=torch.float64):
     return HookedViT(STAGED_MODELS[name]().to(dtype)), images_for(name, dtype=dtype)
-
-
-@lru_cache(maxsize=2)
-def shared(name, dtype=torch.float64):
-    """The same for tests that leave the model as it is: what takes time is to trace it."""
-    return model_and_images(name, dtype)
 
 
 def directions(model, images, count=2):

@@ -12,9 +12,9 @@ import staged_models
 import tiny_models
 import torch
 from eager_oracle import attentions_of, blocks_of, contributions, derivatives, representation, value_scores
-from staged_models import STAGED_MODELS, images_for, parametrized
+from staged_models import STAGED_MODELS, parametrized, shared
 
-from vitdecomp_lens import HookedViT, attribute_tokens, decompose
+from vitdecomp_lens import attribute_tokens, decompose
 
 # Max-pools have no fast way.
 pytestmark = pytest.mark.filterwarnings("ignore:aten..amax:vitdecomp_lens.errors.VitDecompWarning")
@@ -30,9 +30,9 @@ EAGER |= {
 
 @pytest.fixture(scope="module", params=parametrized(swept=True))
 def made(request):
-    """A hooked model, the eager one, and images. What takes time is to trace a model, so all tests of one share it."""
-    original = STAGED_MODELS[request.param]().double()
-    return HookedViT(original), original, images_for(request.param)
+    """A hooked model, the eager one, and images."""
+    model, images = shared(request.param)
+    return model, model.original, images
 
 
 def direction_for(original, images):

@@ -75,6 +75,12 @@ def test_the_mask_of_shifted_windows_is_the_librarys(family):
         assert torch.equal(Windows(window, shift).keep_apart(image), block.get_attn_mask(image))
 
 
+# Decomposing them is shown for one family here, and for padding in each of them by `test_staged.py`.
+decomposed = pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[pytest.mark.sweep] * (family != "swin")) for family in FAMILIES]
+)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_for_any_size_is_the_librarys_at_each(family):
     """Windows divide the first, not the others; the last is smaller than a window in the second stage."""
@@ -87,16 +93,20 @@ def test_a_model_for_any_size_is_the_librarys_at_each(family):
             check_is_the_librarys(model, images)
             grid = model.token_grid(images)
             assert (grid.rows, grid.columns) == (size[0] // 2, size[1] // 2)
-    check_is_exact(model, images)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows_larger_than_the_grid_are_padded_where_the_model_says_so(family):
     model, images = HookedViT(made(family, always_partition=True, window_size=16)), random_images(32, 32)
     check_is_the_librarys(model, images.float())
-    check_is_exact(model.double(), images)
-    grid = model.token_grid(images, "blocks.3.attn.hook_v")
+    grid = model.token_grid(images.float(), "blocks.3.attn.hook_v")
     assert (grid.rows, grid.columns, len(grid.prefix)) == (8, 8, 16 * 16 - 8 * 8)
+
+
+@decomposed
+def test_sizes_that_windows_do_not_fit_are_decomposed_exactly(family):
+    check_is_exact(HookedViT(made(family, strict_img_size=False).double()), random_images(12, 52))
+    check_is_exact(HookedViT(made(family, always_partition=True, window_size=16).double()), random_images(32, 32))
 
 
 # A first Swin has a table of biases, for windows of one size.

@@ -159,6 +159,17 @@ def test_the_outcome_does_not_depend_on_the_batch(batch_size):
     close(tokens.total, expected.total)
 
 
+@pytest.mark.parametrize("count", [1, 16, 18])
+def test_any_number_of_directions(count):
+    model, images, aligner, _ = mapped("dinov2_reg", "head")
+    directions = torch.randn(count, D_CLIP, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = decompose(model, images).map(aligner).project(directions)
+    close(attribute(model, images, directions, through=aligner).values, expected.values)
+    tokens = attribute_tokens(model, images, directions, through=aligner)
+    close(tokens["L1H3"].sum(1), expected["L1H3"])
+    close(tokens.total, expected.total)
+
+
 @pytest.mark.parametrize("of", ["embedding", "logits"])
 def test_an_aligner_for_what_else_can_be_read(of):
     model, images = made("dinov2_reg")
@@ -202,6 +213,13 @@ def test_somebody_elses_hooked_model_goes_the_slow_way_by_token():
     check()
     made = make_request(model, images, "head", "representation", U, tokens=True, through=aligner)
     assert type(made.program) is ReplayedAlong
+    image, found = images[:1].clone().requires_grad_(), []
+    for scores in (
+        decompose(model, image).map(aligner).project(U)["L1H1"],
+        attribute_tokens(model, image, U, through=aligner)["L1H1"].sum(1),
+    ):
+        found += torch.autograd.grad(scores.square().sum(), image)
+    close(found[1], found[0])
     for parameter in model.parameters():  # what a replay reads anew, and the constants that another program names
         parameter.data.mul_(1.5)
     check()

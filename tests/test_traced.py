@@ -5,11 +5,11 @@ from dataclasses import replace
 from functools import cache, partial
 
 import pytest
+import staged_models
 import timm
 import torch
 from einops import rearrange
 from staged_models import STAGED_MODELS
-from staged_models import images_for as staged_images
 from tiny_models import TINY_MODELS, images_for, perturb
 from torch import nn
 
@@ -24,14 +24,15 @@ PARTS = ("embed", "attn", "mlp", "head", "neuron", "conv")
 
 
 def made(name):
-    if name in TINY_MODELS:
-        return TINY_MODELS[name]().double(), images_for(name, 2).double()
-    return STAGED_MODELS[name]().double(), staged_images(name, 2)
+    return TINY_MODELS[name]().double(), images_for(name, 2).double()
 
 
 @cache
 def shared(name):
     """A plain model, the same hooked, and images, for tests that leave them as they are: to trace takes time."""
+    if name in STAGED_MODELS:
+        hooked, x = staged_models.shared(name)
+        return hooked.original, hooked, x
     model, x = made(name)
     return model, HookedViT(model), x
 

@@ -146,7 +146,8 @@ def attribute(
     if mapped is not None:
         if _is_exact(images):
             _check_witness(total[:, -1:], vectors, mapped)
-        values, total = values[..., :-1].contiguous(), total[:, :-1]
+        asked = slice(len(directions))
+        values, total = values[..., asked].contiguous(), total[:, asked]
     scores = Attribution(
         values,
         found,

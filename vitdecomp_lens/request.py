@@ -34,6 +34,7 @@ MAX_BYTES = 512 << 20
 SUPPORTED = 0.9  # the share of its branches that a model's components must be, to say something
 KEPT_BYTES = {"cpu": 60 << 20}  # what may be kept of a run at once; more images are run in pieces
 KEPT_BYTES_ELSEWHERE = 2 << 30
+ALIGNED = 4  # products whose rows have a length that is no multiple of it take a fifth longer
 FEW_IMAGES = 4  # with fewer, products take longer a row: so many may keep four times as much
 
 
@@ -365,8 +366,8 @@ def _read_through(aligner: ComponentMaps, request: Request) -> Request:
     program = kept.program
     _refuse_other(aligner, request, program, [c for point in met for c in _components(graph, point)])
     strangers = tuple(h for h in request.changed if h in program.outside and f"intervention@{h}" not in labels)
-    mapped = Mapped(_witness(request), torch.cat([bias, bias.new_zeros(1)]), strangers)
-    return replace(request, program=program, mapped=mapped)
+    bias = torch.cat([bias, bias.new_zeros(program.directions - len(bias))])
+    return replace(request, program=program, mapped=Mapped(_witness(request)[-1:], bias, strangers))
 
 
 def _naming_constants(request: Request, cut: Cut, points: Sequence[Point]) -> list[CompiledCut]:
@@ -384,10 +385,12 @@ def _along(own: OwnDirections, whole: CompiledCut, *naming: CompiledCut) -> Comp
     return whole.along(own)
 
 
-def _witness(request: Request) -> Float[Tensor, "1 d_rep"]:
-    width = sizes(request.graph.root)[-1]
+def _witness(request: Request) -> Float[Tensor, "shared d_rep"]:
+    """The witness, behind as many zeros as make products of many directions as quick as if it were not there."""
+    width, asked = sizes(request.graph.root)[-1], len(request.along)
     witness = torch.randn(1, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return (witness / witness.norm()).to(request.along)
+    between = -(asked + 1) % ALIGNED if asked >= ALIGNED**2 else 0
+    return torch.cat([witness.new_zeros(between, width), witness / witness.norm()]).to(request.along)
 
 
 def _own_directions(

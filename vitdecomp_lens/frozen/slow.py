@@ -311,7 +311,8 @@ class ReplayedAlong(ReplayedCut):
                 written = (value * gradients[node]).movedim(1 + _batch_axis(node), 1)
                 inside = inside + written.flatten(2).unflatten(1, (batch, -1)).sum((2, 3)).T
             if self._named is None:
-                constants = inside + at.output.flatten(1) @ self._own.of(*self.constants)[0].T
+                (lumped,) = self.constants
+                constants = inside + at.output.flatten(1) @ self._own.of(lumped)[0].T
             else:
                 others = self._named.shifted(self._named.weights(read, batch), batch)
                 constants = torch.cat([others, inside])
@@ -329,9 +330,10 @@ class ReplayedAlong(ReplayedCut):
             for node, slope in zip(inputs, slopes, strict=True):
                 axis = own[node][0] if node in own else None
                 found[node] += _laid_along(along[node][:, :, number], axis, slope.dim()) * slope
+        behind = dict(inputs)
         for node in components:  # the nearest to the output first
-            if node in at.arriving and at.arriving[node].requires_grad:
-                behind = {n: value for n, value in inputs.items() if n is not node}
+            del behind[node]
+            if node in at.arriving and at.arriving[node].requires_grad and behind:
                 for number, along_it in enumerate(found[node].unbind()):
                     slopes = _gradient(at.arriving[node], [*behind.values()], along_it, at.differentiable)
                     for other, slope in zip(behind, slopes, strict=True):

@@ -18,7 +18,8 @@ CHUNK = 500  # scenes at a time
 SPURIOUS = 2000  # scenes that the classifier of shape groups is fitted on
 PROBED = 4000  # scenes that a probe is fitted on
 AMONG = 64  # captions that the right one is to be found among
-DECAY = 1e-2  # of linear classifiers
+DECAY = 1e-3  # of linear probes
+GROUP_DECAY = 10.0  # of classifiers of groups: so strong that they come near to the difference of the groups' means
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def _probe(model: nn.Module, fitted: Scenes, test: Scenes, attribute: str) -> fl
 
 def _groups(model: nn.Module, seed: int, size: int) -> tuple[float, float]:
     spurious = Scenes("spurious", seed=seed, size=SPURIOUS)
-    classifier = LinearClassifier.fit(embedded(model, spurious), spurious.labels("group", range(SPURIOUS)))
+    labels = spurious.labels("group", range(SPURIOUS))
+    classifier = LinearClassifier.fit(embedded(model, spurious), labels, decay=GROUP_DECAY)
     balanced = Scenes("balanced", seed=seed, size=size)
     right = classifier(embedded(model, balanced)).argmax(1) == balanced.labels("group", range(size))
     groups = 2 * balanced.labels("group", range(size)) + (balanced.labels("background", range(size)) > 0)

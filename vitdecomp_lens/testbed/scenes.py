@@ -94,7 +94,8 @@ class Scenes(Dataset[Scene]):
 
     ``train`` has everything: a second object in 15 % of the scenes, and in half of them a word, which names the
     object's own shape in four of five. ``validation`` and ``test`` have one object and no word. In ``spurious`` round
-    shapes lie on water and angular ones on grass in 90 % of the scenes; in ``balanced`` in half of them.
+    shapes lie on water and angular ones on grass in 90 % of the scenes; in ``balanced`` in half of them. All objects
+    are small there: mostly one sees what they lie on.
     ``typographic`` has the very scenes of ``test``, with the name of another shape written on them. ``pairs`` have two
     objects.
 
@@ -176,6 +177,7 @@ class Scenes(Dataset[Scene]):
             agrees = uniform(_key(keys, "agrees")) < (AGREES if self.split == "spurious" else 0.5)
             grounds = torch.tensor([ATTRIBUTES["background"].index(ground) for ground in GROUNDS])
             first["background"] = torch.where(_is_round(first["shape"]) == agrees, grounds[0], grounds[1])
+            first["size"] = torch.full_like(first["size"], ATTRIBUTES["size"].index("small"))
         if self.split == "pairs":  # across from the centre there is no place
             first["position"] = below(_key(keys, "position"), len(OPPOSITE))
         two = {"train": SECOND, "pairs": 1.0}.get(self.split, 0.0)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vitdecomp_lens.clip.text_bank import TextBank
@@ -324,18 +324,19 @@ class World:
             images: How many of each.
             centred: Whether to take the mean of all texts off each of them.
         """
-        clip = load_original("clip")
+        clip: Any = load_original("clip")
         texts = {attribute: features()[attribute] for attribute in ATTRIBUTES}
         bank = text_bank(clip, sum(texts.values(), ()), templates=TEMPLATES)
         bank = bank.centred() if centred else bank
-        found = []
+        found: list[Tensor] = []
         for split in ("test", "validation"):
             scenes = Scenes(split, seed=seed, size=images)
             labels = torch.stack([scenes.labels(attribute, range(images)) for attribute in ATTRIBUTES], -1)
             found += [normalised(scenes.images(range(images))), labels]
         with torch.no_grad():
             targets = torch.cat([clip.encode_image(piece) for piece in found[0].split(CHUNK)])
-        return cls(*found, targets, {attribute: bank.select(of) for attribute, of in texts.items()})
+        banks = {attribute: bank.select(of) for attribute, of in texts.items()}
+        return cls(found[0], found[1], found[2], found[3], targets, banks)
 
 
 def look(
@@ -352,7 +353,7 @@ def look(
     """
     bases = bases_of(world.banks)
 
-    def read_out(model: HookedViT, images: Tensor) -> Tensor:
+    def read_out(model: nn.Module, images: Tensor) -> Tensor:
         total = attribute(model, images, bases, through=maps, by="head").total
         assert total is not None
         return total
@@ -476,7 +477,7 @@ def _table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]
 
 
 def _cell(samples: Float[Tensor, "sample"]) -> str:
-    value, low, high = (f"{number:.2f}".replace("0.", ".", 1) for number in told(samples))
+    value, low, high = (f"{round(number, 2) + 0.0:.2f}".replace("0.", ".", 1) for number in told(samples))  # no -.00
     return value if len(samples) < 3 else f"{value} [{low}, {high}]"
 
 
