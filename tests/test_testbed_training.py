@@ -149,7 +149,6 @@ def test_boxes_of_objects():
     torch.testing.assert_close(half, torch.tensor([[0.375, 0.5]]))
 
 
-
 def test_the_last_steps_of_a_recipe_have_a_rate_of_their_own():
     recipe = Recipe(100, rate=1.0, misled=40)
     rates = [recipe.rate_at(step) for step in range(100)]

@@ -43,6 +43,18 @@ class ComponentMaps(Protocol):
         """What is added once to the sum of mapped components."""
 
 
+@runtime_checkable
+class OfOneModel(Protocol):
+    """Maps that know which model and cut they were made for, and which space they lead to."""
+
+    @property
+    def space(self) -> str | None:
+        """The name of the space."""
+
+    def refuse_other(self, parts: "Decomposition") -> None:
+        """Raise where contributions are of another model or cut."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Attribution(Labelled):
     """The score of every component along every direction, for every image.
@@ -245,6 +257,10 @@ class Decomposition(Labelled):
                 "Expected a complete decomposition, because an aligner's bias belongs to the sum of all components; "
                 "this one is incomplete. Map first, then select or ablate."
             )
+        metadata = self.metadata
+        if isinstance(aligner, OfOneModel):
+            aligner.refuse_other(self)
+            metadata = metadata if aligner.space is None else {**metadata, "space": aligner.space}
         self._refuse_width(tuple(aligner.maps.shape), 1, 3)
         maps = aligner.maps[rows_of_maps(aligner, self.labels)].to(self.values)
         mapped = einsum(self.values, maps, "component batch d_rep, component d_rep d_clip -> component batch d_clip")
@@ -255,6 +271,7 @@ class Decomposition(Labelled):
             values=values,
             components=(*self.components, Component(kind="constant", name="aligner.bias")),
             total=summed(values).to(values.dtype),
+            metadata=metadata,
         )
 
     def ablate(

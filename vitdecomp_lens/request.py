@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from vitdecomp_lens.capture import Captured, Shelf, capture, changed_on_the_path
 from vitdecomp_lens.components import By, Component, Point
 from vitdecomp_lens.coverage import Coverage
 from vitdecomp_lens.decomposable import Decomposable
-from vitdecomp_lens.decomposition import ComponentMaps, Decomposition, rows_of_maps
+from vitdecomp_lens.decomposition import ComponentMaps, Decomposition, OfOneModel, rows_of_maps
 from vitdecomp_lens.errors import CapacityError, InputError, UnknownNameError, VitDecompWarning, near_matches
 from vitdecomp_lens.foreign import Foreign
 from vitdecomp_lens.frozen.compiled import CompiledCut, OwnDirections, in_full_precision
@@ -291,14 +291,6 @@ def _checked_directions(directions: Any, width: int, images: Tensor, space: str)
 # --- through an aligner ----------------------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class _KnowsItsModel(Protocol):
-    """An aligner that knows which model and cut it was made for."""
-
-    def refuse_other(self, parts: Decomposition) -> None:
-        """Raise for those of others."""
-
-
 @dataclass(frozen=True)
 class _ReadThrough:
     """A cut that was compiled for an aligner and directions, and what it was compiled from.
@@ -420,7 +412,7 @@ def _refuse_other(
     changed = [component for component in changed if component.label in known]  # others may have changed nothing
     others = sorted(program.outside.difference(request.changed))
     found = dict.fromkeys([*components, *changed, *(Component(kind="constant", name=name) for name in others)])
-    if isinstance(aligner, _KnowsItsModel):
+    if isinstance(aligner, OfOneModel):
         none = torch.empty(len(found), 0, sizes(request.graph.root)[-1])
         aligner.refuse_other(Decomposition(none, tuple(found), metadata=request.metadata))
     rows_of_maps(aligner, [component.label for component in found])
