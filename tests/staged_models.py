@@ -5,7 +5,7 @@ and running statistic moved off its initial value. `SIZES` has the image size of
 pixel may reach beyond its own where patch embeddings overlap.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, partial
 
 import pytest
@@ -143,14 +143,14 @@ OVERLAP = {"max": 4, "coa": 4, "hie": 1}
 _SLOW = pytest.mark.filterwarnings("ignore:aten..amax:vitdecomp_lens.errors.VitDecompWarning")
 
 
-def parametrized(*, swept: bool = False) -> list:
+def parametrized(*, swept: bool = False, of: Collection[str] = ONE_OF_EACH_KIND) -> list:
     """All names as parameters of a test; of a slow one, those that are not one of each kind belong to the sweep."""
     return [
         pytest.param(
             name,
             marks=[
                 *([_SLOW] if name.startswith("hiera") else []),
-                *([pytest.mark.sweep] if swept and name not in ONE_OF_EACH_KIND else []),
+                *([pytest.mark.sweep] if swept and name not in of else []),
             ],
         )
         for name in sorted(STAGED_MODELS)

@@ -1,6 +1,6 @@
 """Under hooks the decomposition is that of the run with them."""
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -9,8 +9,14 @@ from tiny_models import TINY_MODELS, _timm, images_for
 from vitdecomp_lens import HookedViT, attribute, attribute_tokens, decompose
 
 
-def tiny(name="class_token"):
+def fresh(name):
     return HookedViT(TINY_MODELS[name]().double()), images_for(name).double()
+
+
+@cache
+def tiny(name="class_token"):
+    """The same for tests that leave the model as it is: what takes time is to trace it."""
+    return fresh(name)
 
 
 def direction(count=2):
@@ -164,7 +170,7 @@ def one_block():
 
 @pytest.mark.parametrize(
     "make",
-    [one_block, *(pytest.param(partial(tiny, name), marks=pytest.mark.sweep) for name in ("class_token", "siglip"))],
+    [one_block, *(pytest.param(partial(fresh, name), marks=pytest.mark.sweep) for name in ("class_token", "siglip"))],
     ids=["one_block", "class_token", "siglip"],
 )
 def test_every_hook_may_change_its_value_in_every_cut(make):

@@ -150,12 +150,20 @@ def test_pieces_of_a_batch_give_what_the_whole_gives():
 # --- what is hidden ---
 
 
+NARROW_VGG = (8, "M", 8, "M", 16, 16, "M", 16, 16, "M", 16, 16, "M")
+
+
 @pytest.mark.parametrize(
-    ("name", "where"),
-    [("resnet18", "layer4.1.act2"), ("vgg11", "pre_logits.act2"), ("mobilevit_xxs", "final_conv.bn.act")],
+    ("make", "where"),
+    [
+        (partial(timm.create_model, "resnet18"), "layer4.1.act2"),
+        (partial(timm.models.vgg.VGG, NARROW_VGG, mlp_ratio=0.05), "pre_logits.act2"),
+        (partial(timm.create_model, "mobilevit_xxs"), "final_conv.bn.act"),
+    ],
+    ids=["resnet", "vgg", "mobilevit"],
 )
-def test_a_nonlinearity_that_everything_passes_is_named_and_counted_against_coverage(name, where):
-    model = perturb(timm.create_model(name, num_classes=5))
+def test_a_nonlinearity_that_everything_passes_is_named_and_counted_against_coverage(make, where):
+    model = perturb(make(num_classes=5))
     with pytest.warns(VitDecompWarning, match=f"(?s)1 of [0-9]+ branches.*{where}: only what follows it is linear"):
         parts = decompose(model, torch.rand(1, 3, 64, 64))
     assert parts.coverage.found == 1

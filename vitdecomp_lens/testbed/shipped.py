@@ -70,9 +70,9 @@ def load_original(name: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def manifest(folder: Path = WEIGHTS) -> dict[str, Any]:
+def manifest(folder: Path | None = None) -> dict[str, Any]:
     """How each of the trained models was made, and how good it is, by name."""
-    path = folder / MANIFEST
+    path = (folder or WEIGHTS) / MANIFEST
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
