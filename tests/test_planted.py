@@ -225,6 +225,12 @@ def test_weights_are_sparse_and_every_feature_is_written(components, features):
     assert features == 1 or components == 1 or bool((weights == 0).any())
 
 
+def test_weights_that_are_not_sparse_are_all_different():
+    weights = planted_features(images=1, d_clip=8, components=40, features=5, sparse=False).weights
+    assert all(len(of.unique()) == 40 for of in weights.T)
+    assert 0 < float(weights.min()) < 0.25 < 1 < float(weights.max()) < 1.25
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_have_the_order_of_the_weights(seed):
     planted = planted_features(images=4000, d_clip=24, seed=seed, **EXACT)

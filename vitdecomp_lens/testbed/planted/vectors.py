@@ -139,17 +139,18 @@ def planted_features(
     components: int = 20,
     features: int = 6,
     noise: float = 0.3,
+    sparse: bool = True,
     seed: int = 0,
     draw: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> PlantedFeatures:
-    """Components that are weighted sums of features, a constant of their own and noise; one in five has no feature.
+    """Components that are weighted sums of features, a constant of their own and noise.
 
     Along a feature's direction, component i has variance w_i² + σ² (σ is the noise, factors have variance 1) and
     covariance w_i W + σ² with the sum of all n, whose variance is W² + nσ², W = Σ w_i. Their correlation rises with w_i
     as long as w_i < W, so that for a feature, scores have the order of the weights. For a weight of 0 they are small,
     not 0, as noise is a part of the sum too; among them, the order is chance, which a rank correlation over all
-    components sees: over those with a weight it is nearly 1.
+    components sees. Where it is to be nearly 1 over all, no weights may be alike: ``sparse=False``.
 
     Args:
         images: How many.
@@ -157,6 +158,8 @@ def planted_features(
         components: How many.
         features: How many; at most ``d_clip``.
         noise: Standard deviation of the noise in each dimension of each component. Without any, scores are 1 and 0.
+        sparse: Whether a feature is in about half of the components only, with a weight from 0.25 to 1.25, and one
+            component in five has none; else all have all, with weights from 0 to 1.25.
         seed: Another truth.
         draw: Other images of the same truth.
         dtype: Of all that is returned.
@@ -174,7 +177,8 @@ def planted_features(
     expect("noise", noise, 0)
     truth, chance = generator(seed), generator(seed, draw)
     directions = orthonormal(truth, 1, d_clip, features)[0].T
-    weights = _sparse_weights(truth, components, features)
+    drawn = _sparse_weights if sparse else _dense_weights
+    weights = drawn(truth, components, features)
     factors = normal(chance, images, features)
     values = normal(truth, components, 1, d_clip) + noise * normal(chance, components, images, d_clip)
     values += (weights[:, None] * factors) @ directions
@@ -193,6 +197,11 @@ def _sparse_weights(truth: torch.Generator, components: int, features: int) -> F
     pairs = torch.arange(max(len(writers), features))
     writes[writers[pairs % len(writers)], pairs % features] = True
     return (0.25 + uniform(truth, components, features)).where(writes, 0)
+
+
+def _dense_weights(truth: torch.Generator, components: int, features: int) -> Float[Tensor, "component feature"]:
+    """Weights between 0 and 1.25, no two of them alike."""
+    return 1.25 * uniform(truth, components, features)
 
 
 @dataclass(frozen=True, eq=False)
