@@ -162,9 +162,13 @@ def size_of(name: str) -> tuple[int, int]:
     return SIZES.get(name, (32, 32) if name.startswith("swin") else (64, 64))
 
 
-@cache
 def shared(name: str, dtype: torch.dtype = torch.float64) -> tuple[HookedViT, torch.Tensor]:
     """A hooked model and images, for tests that leave the model as it is: what takes time is to trace it."""
+    return _shared(name, dtype)
+
+
+@cache
+def _shared(name: str, dtype: torch.dtype) -> tuple[HookedViT, torch.Tensor]:
     return HookedViT(STAGED_MODELS[name]().to(dtype)), images_for(name, dtype=dtype)
 
 

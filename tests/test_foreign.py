@@ -56,8 +56,12 @@ MODELS = {
 }
 
 
-@cache
 def made(name, dtype=torch.float64):
+    return _made(name, dtype)
+
+
+@cache
+def _made(name, dtype):
     make, of = MODELS[name]
     model = make(dtype)
     model(photographs(dtype=dtype))  # a bridge is wired when it first runs: else it is traced once more

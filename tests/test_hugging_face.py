@@ -37,9 +37,13 @@ MODELS = {
 ASKED = ("CLIPVisionModel", "Dinov2Model", "SiglipVisionModel", "ViTModel", "Swinv2Model")
 
 
-@cache
 def made(name, dtype=torch.float64):
     """A small model from a configuration, all parameters moved off their initial values."""
+    return _made(name, dtype)
+
+
+@cache
+def _made(name, dtype):
     config, options, of = MODELS[name]
     torch.manual_seed(0)
     model = getattr(transformers, name)(getattr(transformers, config)(**options)).eval().requires_grad_(False)

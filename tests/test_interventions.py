@@ -13,10 +13,12 @@ def fresh(name):
     return HookedViT(TINY_MODELS[name]().double()), images_for(name).double()
 
 
-@cache
+shared = cache(fresh)
+
+
 def tiny(name="class_token"):
     """The same for tests that leave the model as it is: what takes time is to trace it."""
-    return fresh(name)
+    return shared(name)
 
 
 def direction(count=2):
