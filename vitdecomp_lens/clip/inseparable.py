@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -43,14 +43,14 @@ class Series:
         self._directions: Tensor | None = None
         self._products: Tensor | None = None
 
-    def add(self, values: Float[Tensor, "component batch d_rep"], only: Bool[Tensor, "batch"]) -> None:
-        """Add the images of a mask. What is largest in the first images is the direction for all."""
+    def add(self, values: Float[Tensor, "component batch d_rep"]) -> None:
+        """Add images. What is largest in the first ones is the direction for all."""
         if self._directions is None or self._products is None:
             largest = values[torch.arange(len(values)), values.norm(dim=-1).argmax(1)]
             self._directions = torch.nn.functional.normalize(largest, dim=-1)
             self._products = values.new_zeros(len(values) + 1, len(values) + 1, dtype=torch.float64)
         series = torch.bmm(values, self._directions[:, :, None])[..., 0]
-        series = torch.cat([series, torch.ones_like(series[:1])])[:, only].double()
+        series = torch.cat([series, torch.ones_like(series[:1])]).double()
         self._products += series @ series.T
         self.count += series.shape[1]
 

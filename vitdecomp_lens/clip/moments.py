@@ -4,20 +4,22 @@ A head writes into d_head of the d_rep dimensions. In the coordinates of the com
 needs is one table of moments; it is summed in float64, piece by piece, and pieces can be summed in any order.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitdecomp_lens.clip.inseparable import Inseparable, Series
-from vitdecomp_lens.clip.sources import AlignmentSource, checked, some_of
+from vitdecomp_lens.clip.sources import AlignmentSource, Piece, checked, some_of
 from vitdecomp_lens.errors import InputError
 
 RANK_TOLERANCE = 1e-3
 _LEAST_IMAGES, _IMAGES_PER_DIMENSION = 1024, 8  # that show a span
+_AT_ONCE = 2**17  # numbers in the products that are made together
 _ROUNDING = 16  # units in the last place that sums of products in at most single precision are taken to be off
 
 
@@ -44,18 +46,17 @@ class Moments:
         self.mean = torch.zeros(components, d_rep, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(components, d_rep, d_rep, dtype=torch.float64, device=device)
 
-    def add(self, values: Float[Tensor, "component batch d_rep"], only: Bool[Tensor, "batch"] | None = None) -> None:
-        """Add images; of a mask, those that are in it. Products are made in the dtype of the values, once centred."""
-        count = values.shape[1] if only is None else int(only.sum())
-        if not count:
+    def add(self, values: Float[Tensor, "component batch d_rep"]) -> None:
+        """Add images. Products are made in the dtype of the values, once centred."""
+        if not values.shape[1]:
             return
-        mean = torch.empty_like(self.mean)
-        for row, vectors in enumerate(values):  # one by one: what one needs stays in the processor's cache
-            vectors = vectors if only is None else vectors[only]
-            mean[row] = vectors.mean(0, dtype=torch.float64)
-            centred = vectors - mean[row].to(vectors.dtype)
-            self.scatter[row] += centred.T @ centred
-        self._join(count, mean)
+        mean = values.mean(1, dtype=torch.float64)
+        group = max(1, _AT_ONCE // values.shape[2] ** 2)
+        for first in range(0, len(values), group):  # few at a time: what they need stays in the processor's cache
+            rows = slice(first, first + group)
+            centred = values[rows] - mean[rows, None].to(values.dtype)
+            self.scatter[rows] += centred.mT @ centred
+        self._join(values.shape[1], mean)
 
     def merge(self, other: "Moments") -> None:
         """Add what another has summed."""
@@ -230,21 +231,18 @@ def spans_of(
     dtype, group, rounding, series = torch.float32, 0, 0.0, Series()
     while len(bases) < len(source.components):
         moments: Moments | None = None
-        for first, values, targets, precision in checked(source):
+        for values, targets, precision, last in _portions(source, held_out, seed):
             if moments is None:
                 group = max(1, max_bytes // (8 * values.shape[2] ** 2))
                 rows = slice(len(bases), min(len(bases) + group, len(source.components)))
                 moments, dtype = Moments(rows.stop - rows.start, values.shape[2], values.device), values.dtype
                 start, differ = targets[:1], False
-                enough = max(_LEAST_IMAGES, _IMAGES_PER_DIMENSION * values.shape[2])
-                chosen = some_of(~held_out, enough, seed)
             rounding = max(rounding, precision)
             differ = differ or bool((targets != start).any())
-            here = chosen[first : first + len(targets)].to(values.device)
-            moments.add(values[rows], here)
+            moments.add(values[rows])
             if not bases:
-                series.add(values, here)
-            if differ and moments.count == int(chosen.sum()):
+                series.add(values)
+            if differ and last:
                 break
         if moments is None or not differ:
             raise InputError("Expected targets that differ from image to image; they are all the same.")
@@ -255,6 +253,37 @@ def spans_of(
         what = "are the same for all images" if any(basis.shape[1] for basis in bases) else "of them are zero"
         raise InputError(f"Expected contributions to align; all {what}.")
     return spans
+
+
+class _Portion(NamedTuple):
+    """Images that show the spans, and the targets of all that were read for them."""
+
+    values: Float[Tensor, "component batch d_rep"]
+    targets: Float[Tensor, "image d_clip"]
+    rounding: float
+    last: bool  # whether no more of them come
+
+
+def _portions(source: AlignmentSource, held_out: Bool[Tensor, "image"], seed: int) -> Iterator[_Portion]:
+    """Some of the images that are not held out, as many at a time as components are wide, or more.
+
+    Moments are as large for one image as for all: to add a few at a time would cost more than to make them.
+    """
+    chosen, left = held_out, 0
+    waiting: list[Piece] = []
+    for number, piece in enumerate(checked(source)):
+        d_rep = piece.values.shape[2]
+        if not number:
+            chosen = some_of(~held_out, max(_LEAST_IMAGES, _IMAGES_PER_DIMENSION * d_rep), seed)
+            left = int(chosen.sum())
+        here = torch.nonzero(chosen[piece.first : piece.first + len(piece.targets)])[:, 0]
+        waiting.append(piece._replace(values=piece.values[:, here.to(piece.values.device)]))
+        left -= len(here)
+        if not left or sum(one.values.shape[1] for one in waiting) >= d_rep:
+            values = torch.cat([one.values for one in waiting], 1)
+            targets = torch.cat([one.targets for one in waiting])
+            yield _Portion(values, targets, max(one.rounding for one in waiting), not left)
+            waiting = []
 
 
 class JointMoments:

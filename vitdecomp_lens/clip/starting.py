@@ -117,10 +117,14 @@ def _columns(max_bytes: int, d_clip: int) -> int:
 def starts(objective: Objective, coordinates: Coordinates, max_bytes: int) -> Iterator[tuple[str, Maps]]:
     """Maps to choose from, with a name for how they were found.
 
-    Least squares, with as much of a ridge as images held out ask for; the scale of the targets, which the cosine does
-    not see, is such that the maps are nearest to isometries. For methods that want isometries also those that sweeps
-    over the components lead to from there.
+    For methods that want isometries, first those that fit best each on its own, as if nothing else wrote: quickly had,
+    and often near. Then least squares, with as much of a ridge as images held out ask for; the scale of the targets,
+    which the cosine does not see, is such that the maps are nearest to isometries. For methods that want isometries
+    also those that sweeps over the components lead to from there.
     """
+    isometric = objective.method in ("compalign", "compalign_paper", "orthogonal")
+    if isometric:
+        yield "isometries, each on its own", each_alone(coordinates)
     equations = NormalEquations(coordinates, max_bytes)
     best, least, kind = None, math.inf, equations.kinds[0]
     for lengths in equations.kinds:
@@ -134,13 +138,30 @@ def starts(objective: Objective, coordinates: Coordinates, max_bytes: int) -> It
             if distance > (1 - _ENOUGH) * before:
                 break
             before = distance
-    if objective.method in ("compalign", "compalign_paper", "orthogonal") and best is not None:
+    if isometric and best is not None:
         yield "isometries, component by component", isometries(equations, objective, best, lengths=kind)
 
 
 def _distance(objective: Objective, maps: Maps, coordinates: Coordinates) -> float:
     held = coordinates.held
     return float(objective(maps.to(held.rows), held.rows, held.units)[0])
+
+
+def each_alone(coordinates: Coordinates) -> Maps:
+    """For each span the isometry that fits the targets best without the others, on a sample; and a bias for them all.
+
+    It is the polar factor of the covariance of what is in the span with the targets.
+    """
+    table, layout = coordinates.sample, coordinates.spans.layout
+    rows, units = table.rows[:, :-1], table.units
+    means, mean = rows.mean(0), units.mean(0)
+    maps = (rows - means).T @ (units - mean)
+    retract(maps, layout, exactly=True)
+    written = (rows - means) @ maps
+    along = float((written * (units - mean)).sum())
+    scale = float(written.square().sum()) / along if along > 0 else 1.0
+    bias = (scale * mean - means @ maps) / coordinates.unit
+    return torch.cat([maps, bias[None]]).double()
 
 
 def least_squares(equations: NormalEquations, ridge: float, *, lengths: Lengths = "unit") -> Maps:
