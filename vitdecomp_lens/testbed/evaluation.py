@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vitdecomp_lens.linear_classifier import LinearClassifier
 from vitdecomp_lens.testbed.banks import TEMPLATES, features, text_bank
 from vitdecomp_lens.testbed.models import normalised
 from vitdecomp_lens.testbed.scenes import ATTRIBUTES, Scenes
@@ -18,7 +19,6 @@ CHUNK = 500  # scenes at a time
 SPURIOUS = 2000  # scenes that the classifier of shape groups is fitted on
 PROBED = 4000  # scenes that a probe is fitted on
 AMONG = 64  # captions that the right one is to be found among
-DECAY = 1e-3  # of linear probes
 GROUP_DECAY = 10.0  # of classifiers of groups: so strong that they come near to the difference of the groups' means
 
 
@@ -120,44 +120,6 @@ def _retrieved(clip: Any, images: Float[Tensor, "batch d_clip"], test: Scenes) -
 
 
 # --- linear classifiers of representations ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LinearClassifier:
-    """A linear classifier of representations.
-
-    Attributes:
-        weight: A direction for each class.
-        bias: What is added to its score.
-    """
-
-    weight: Float[Tensor, "class d_rep"]
-    bias: Float[Tensor, "class"]
-
-    @classmethod
-    def fit(
-        cls, features: Float[Tensor, "batch d_rep"], labels: Int[Tensor, "batch"], *, decay: float = DECAY
-    ) -> "LinearClassifier":
-        """Softmax regression on standardised features, with a penalty on squared weights, to its optimum (L-BFGS)."""
-        mean, std = features.double().mean(0), features.double().std(0).clamp_min(1e-12)
-        x, classes = (features.double() - mean) / std, int(labels.max()) + 1
-        weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
-        bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = functional.cross_entropy(x @ weight.T + bias, labels) + decay * weight.square().sum() / 2
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        raw = (weight / std).detach()
-        return cls(raw.to(features), (bias.detach() - raw @ mean).to(features))
-
-    def __call__(self, features: Float[Tensor, "batch d_rep"]) -> Float[Tensor, "batch class"]:
-        """The scores of the classes."""
-        return features @ self.weight.T + self.bias
 
 
 def _probe(model: nn.Module, fitted: Scenes, test: Scenes, attribute: str) -> float:
