@@ -8,19 +8,28 @@ With a ViT-Tiny of ImageNet, a photograph, and the hierarchy of WordNet (on Debi
 classifier's directions are the bank; FOLDER holds ``vit_tiny_patch16_224.safetensors`` and ``imagenet/*.jpg``::
 
     python examples/concept_tree.py --imagenet FOLDER [--photograph FILE] [--wordnet /usr/share/wordnet]
+
+With ``--table``, in place of one photograph all of them: how often the largest concept of a level is the right one::
+
+    python examples/concept_tree.py --imagenet FOLDER --table
 """
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from vitdecomp_lens import HookedViT, decompose, testbed
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.interpret.describing import describe
-from vitdecomp_lens.interpret.hierarchy import ConceptTree, decompose_by_concepts
+from vitdecomp_lens.interpret.hierarchy import SIGNS, ConceptTree, decompose_by_concepts
 from vitdecomp_lens.testbed.banks import TEMPLATES, features, text_bank
 
 KINDS = {
@@ -33,6 +42,7 @@ KINDS = {
 }
 NARROWER = 0.6  # a kind that holds more than this of the classes of what it is a kind of says little new
 FEWEST = 3  # classes that make a kind
+BATCH = 50  # photographs at a time
 
 
 def scene_tree() -> ConceptTree:
@@ -111,29 +121,104 @@ def wordnet_tree(folder: Path, names: list[str], synsets: list[str]) -> ConceptT
     return ConceptTree.of_parents(parents)
 
 
-def of_a_photograph(folder: Path, photograph: Path | None, wordnet: Path) -> None:
-    """Decompose a photograph along the directions of a classifier."""
-    import timm
-    from safetensors.torch import load_file
-    from timm.data import ImageNetInfo
+@dataclass(frozen=True)
+class ImageNet:
+    """A ViT-Tiny, its classifier's directions as a bank, the classes as a tree, and photographs."""
 
-    original = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=False).eval()
-    original.load_state_dict(load_file(folder / "vit_tiny_patch16_224.safetensors"))
-    model, info = HookedViT(original), ImageNetInfo()
-    synsets = [info.index_to_label_name(number) for number in range(1000)]
-    short = [info.index_to_description(number).split(",")[0] for number in range(1000)]
-    names = [
-        f"{name} ({synset})" if short.count(name) > 1 else name for name, synset in zip(short, synsets, strict=True)
-    ]
-    bank = TextBank(names, original.head.weight.detach(), space="ViT-Tiny's classifier")
-    tree = wordnet_tree(wordnet, names, synsets)
-    photographs = sorted((folder / "imagenet").glob("*.jpg"))
+    original: Any
+    bank: TextBank
+    tree: ConceptTree
+    photographs: Sequence[Path]
+
+    @classmethod
+    def of(cls, folder: Path, wordnet: Path) -> "ImageNet":
+        """Read all of it."""
+        import timm
+        from safetensors.torch import load_file
+        from timm.data import ImageNetInfo
+
+        original = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=False).eval()
+        original.load_state_dict(load_file(folder / "vit_tiny_patch16_224.safetensors"))
+        info = ImageNetInfo()
+        synsets = [info.index_to_label_name(number) for number in range(1000)]
+        short = [info.index_to_description(number).split(",")[0] for number in range(1000)]
+        names = [
+            f"{name} ({synset})" if short.count(name) > 1 else name for name, synset in zip(short, synsets, strict=True)
+        ]
+        bank = TextBank(names, original.head.weight.detach(), space="ViT-Tiny's classifier")
+        photographs = sorted((folder / "imagenet").glob("*.jpg"))
+        return cls(original, bank, wordnet_tree(wordnet, names, synsets), photographs)
+
+
+def of_a_photograph(imagenet: ImageNet, photograph: Path | None) -> None:
+    """Decompose a photograph along the directions of a classifier."""
+    model, photographs = HookedViT(imagenet.original), imagenet.photographs
     photograph = photograph or photographs[len(photographs) // 10]
     with torch.no_grad():
         parts = decompose(model, model.preprocess([photograph]), by="head")
         reference = decompose(model, model.preprocess(photographs[::10]), by="head")
-    print(f"{photograph.name}; {tree}")
-    show(parts, reference, tree, bank)
+    print(f"{photograph.name}; {imagenet.tree}")
+    show(parts, reference, imagenet.tree, imagenet.bank)
+
+
+def of_all_photographs(imagenet: ImageNet) -> None:
+    """How often the largest concept of each level is the photograph's own; its class is in its file's name."""
+    model, photographs = HookedViT(imagenet.original), imagenet.photographs
+    classes = torch.tensor([int(photograph.name.split("_")[0]) for photograph in photographs])
+    found = []
+    with torch.no_grad():
+        for first in range(0, len(photographs), BATCH):
+            found.append(decompose(model, model.preprocess(photographs[first : first + BATCH]), by="layer").total)
+        vectors = torch.cat(found)
+        right = (imagenet.original.head(vectors).argmax(1) == classes).double().mean()
+    print(f"{len(vectors)} photographs; the classifier is right on {told(float(right))} of them.\n")
+    print(table(vectors, classes, imagenet.tree, imagenet.bank))
+
+
+def table(
+    vectors: Float[Tensor, "batch d_rep"], classes: Int[Tensor, "batch"], tree: ConceptTree, bank: TextBank
+) -> str:
+    """Markdown: for each level, what the concepts that the images' classes belong to account for, with either signs."""
+    columns = ("right, {} signs", "share", "in all", "remainder")
+    heads = ["level", "concepts", *(column.format(signs) for signs in SIGNS for column in columns)]
+    lines = [heads, ["---"] * len(heads)]
+    both = [list(by_level(vectors, classes, tree, bank, signs)) for signs in SIGNS]
+    for level, measured in enumerate(zip(*both, strict=True), start=1):
+        lines.append([f"{level}", f"{len(tree.level(level)):,}", *(told(number) for row in measured for number in row)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_level(
+    vectors: Float[Tensor, "batch d_rep"],
+    classes: Int[Tensor, "batch"],
+    tree: ConceptTree,
+    bank: TextBank,
+    signs: str,
+) -> Iterator[tuple[float, float, float, float]]:
+    """For each level four means over images.
+
+    How often the concept of the largest share is the one that the image's class belongs to; the share of that concept;
+    its share in all images; what the remainder accounts for.
+    """
+    found = decompose_by_concepts(vectors, tree, bank, reference=vectors, signs=signs)
+    paths = [tree.path(bank.texts[number]) for number in classes.tolist()]
+    for level in range(1, tree.depth + 1):
+        place = {name: column for column, name in enumerate(tree.level(level))}
+        own = torch.tensor([next(place[name] for name in path if name in place) for path in paths])
+        shares = found.shares[0][:, [tree.number(name) for name in place]]
+        right = (shares.argmax(1) == own).double().mean()
+        means = (
+            right,
+            shares.gather(1, own[:, None]).mean(),
+            shares[:, own].mean(),
+            found.remainder_share(level).mean(),
+        )
+        yield tuple(float(mean) for mean in means)
+
+
+def told(share: float) -> str:
+    """A share with three decimals, without the zero before them."""
+    return f"{share:.3f}".replace("0.", ".", 1)
 
 
 if __name__ == "__main__":
@@ -141,8 +226,13 @@ if __name__ == "__main__":
     parser.add_argument("--imagenet", type=Path, metavar="FOLDER")
     parser.add_argument("--photograph", type=Path, metavar="FILE")
     parser.add_argument("--wordnet", type=Path, metavar="FOLDER", default=Path("/usr/share/wordnet"))
-    options, _ = parser.parse_known_args()
+    parser.add_argument("--table", action="store_true", help="of all photographs of FOLDER")
+    options = parser.parse_args()
+    if options.table and options.imagenet is None:
+        parser.error("--table is of photographs: give --imagenet FOLDER")
     if options.imagenet is None:
         of_a_scene()
+    elif options.table:
+        of_all_photographs(ImageNet.of(options.imagenet, options.wordnet))
     else:
-        of_a_photograph(options.imagenet, options.photograph, options.wordnet)
+        of_a_photograph(ImageNet.of(options.imagenet, options.wordnet), options.photograph)

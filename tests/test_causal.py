@@ -142,6 +142,23 @@ def test_it_is_the_effect_on_a_model():
     assert rows[2].startswith(f"| {table.labels[int(table.direct.argmax())]} |")
 
 
+def test_read_outs_are_compared_by_what_varies_in_them():
+    """A large mean, such as an aligner's bias gives, does not hide that images are in another order."""
+    direct = random_scores()
+    far = replace(direct, total=direct.total + 1e4)
+    total = effects_of(far)
+    assert effects_table(far, total, resamples=0).variance == pytest.approx(
+        float(direct.total.var(0, correction=0).sum())
+    )
+    with pytest.raises(InputError, match="vary by up to"):
+        effects_table(far, replace(total, total=far.total.flip(0)), resamples=0)
+    # Rounding of what hardly varies is no difference.
+    single = replace(far.to(torch.float32), total=(direct.total * 1e-4 + 1e4).float())
+    again = replace(effects_of(single), total=torch.nextafter(single.total, torch.tensor(torch.inf)))
+    assert not torch.equal(single.total, again.total)
+    effects_table(single, again, resamples=0)
+
+
 def test_it_is_shown_as_markdown():
     ends = torch.tensor([0.5, 1.5])
     table = EffectsTable(
@@ -180,8 +197,10 @@ def test_what_does_not_fit_together_is_refused():
     other = random_scores(seed=1)
     few = direct.select(labels=LABELS[:2])
     for first, second, message in (
-        (total, direct, "the other way round"),
-        (direct, replace(total, metadata={"effect": "direct"}), "the other way round"),
+        (total, direct, "got total effects first"),
+        (direct, replace(total, metadata={"effect": "direct"}), r"second \(total\), as of total_effects"),
+        (direct, direct, r"second \(total\).* Direct scores are none"),
+        (direct, {"zero": total, "mean": other}, r"second \(mean\)"),
         (direct.images(range(5)), total, r"is \[5, 3\], of total effects \(mean\) \[40, 3\]"),
         (direct, replace(total, total=other.total), "differ by up to"),
         (direct.images([0]), total.images([0]), "at least 2 images"),

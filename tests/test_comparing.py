@@ -1,9 +1,11 @@
 """Comparing models, against plain formulas in double precision."""
 
 import itertools
+import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.components import Component
@@ -21,6 +23,7 @@ from vitdecomp_lens.interpret.comparing import (
     participation_ratio,
     text_profiles,
 )
+from vitdecomp_lens.interpret.comparing.matches import FEWEST, OPERATIONS, draws_for
 from vitdecomp_lens.interpret.statistics import bootstrap_counts
 
 IMAGES, WIDTH, TEXTS = 40, 12, 30
@@ -59,6 +62,10 @@ def shuffled(parts, order):
     values = parts.select(kind="head").values[order]
     found = {components[old].label: components[new].label for new, old in enumerate(order)}
     return Decomposition(values, tuple(components), parts.total, complete=False), found
+
+
+def by_variance(one, two):
+    return match_by_texts(one, two, bank(), profile="variance", rotations=3)
 
 
 # --- participation ratio and concentration --------------------------------------------------------------------------
@@ -212,6 +219,36 @@ def test_a_turned_and_shuffled_copy_is_found_by_cka(dtype):
     assert found.mean_chance < 0.5
 
 
+@pytest.mark.parametrize("match", [match_by_cka, by_variance])
+def test_a_head_that_does_not_vary_is_nobodys_match_and_in_no_mean(match):
+    one, two = heads(3, constant=False), heads(4, seed=1, constant=False)
+    for parts, still in ((one, 1), (two, 0)):
+        parts.values[still] = parts.values[still, :1]
+    for second, others in ((two, (1, 2, 3)), (one, (0, 2))):
+        found = match(one, second)
+        kept = match(one.select(labels=["L0H0", "L1H0"]), second.select(labels=[second.labels[n] for n in others]))
+        for label in ("L0H0", "L1H0"):
+            mine, expected = vars(found[label]), vars(kept[label])
+            numbers = {name: pytest.approx(value) for name, value in expected.items() if isinstance(value, float)}
+            assert mine == {**expected, **numbers}
+        assert [match.component for match in found.mutual] == [match.component for match in kept.mutual]
+        assert (found.mean, found.mean_chance) == pytest.approx((kept.mean, kept.mean_chance))
+        assert (found["L0H1"].similarity, found["L0H1"].p, found["L0H1"].mutual) == (0, 1, False)
+    alone = match(one.select(labels=["L0H1"]), two.select(labels=["L0H0"]))
+    assert alone.mutual == ()
+    assert math.isnan(alone.mean)
+
+
+def test_against_less_than_nothing_a_head_that_does_not_vary_is_no_match():
+    null = torch.zeros(3, 2, dtype=torch.float64)
+    similarity = torch.tensor([[-0.5, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    found = Matching(("a", "still"), ("x", "still"), similarity, null, null, "nothing", (3, 3))
+    first = found.matches[0]
+    assert (first.component, first.other, first.similarity, first.mutual) == ("a", "x", -0.5, True)
+    assert [match.component for match in found.mutual] == ["a"]
+    assert found.mean == -0.5
+
+
 def test_a_head_that_does_not_vary_is_like_no_other():
     parts = heads(3).to(torch.float32)
     parts.values[1] = parts.values[1, :1] * (1 + 1e-7 * torch.randn(IMAGES, 1, generator=generator(0)))
@@ -239,6 +276,26 @@ def test_profiles_are_those_of_plain_loops():
     assert torch.allclose(centred, correlation - correlation.mean(1, keepdim=True))
     only = parts.select(labels=["L0H1"])  # knows the total
     assert torch.allclose(text_profiles(only, texts)[0], centred[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_beyond_what_a_component_or_the_model_writes_there_is_no_correlation(dtype, offset):
+    """Rounding has a correlation with anything; a hundredth of a component is none."""
+    turn = rotation(WIDTH)
+    values = torch.zeros(3, IMAGES, WIDTH, dtype=torch.float64)
+    values[0, :, :4], values[1, :, 2:6] = normal(IMAGES, 4), normal(IMAGES, 4, seed=1)
+    values[2, :, :6], values[0, :, 3] = normal(IMAGES, 6, seed=2), values[0, :, 3] / 100
+    parts = Decomposition(((values + offset * normal(3, 1, WIDTH, seed=3)) @ turn).to(dtype), ("L0H0", "L0H1", "L0H2"))
+    texts = TextBank([f"axis {n}" for n in range(WIDTH)], turn, space="here")
+    found = text_profiles(parts, texts, centre=False)
+    written = torch.zeros(3, WIDTH, dtype=torch.bool)
+    written[0, :4] = written[1, 2:6] = written[2, :6] = True
+    assert (found[~written] == 0).all()
+    assert (found[written] != 0).all()
+    turned = values @ turn
+    plain = text_profiles(Decomposition(turned, parts.components), texts, centre=False)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-3 if offset and dtype == torch.float32 else 1e-5)
 
 
 @pytest.mark.parametrize("profile", ["correlation", "variance"])
@@ -330,6 +387,26 @@ def test_more_than_chance_counts_all_matches_that_were_looked_at():
         assert len(found.above_chance) == told
 
 
+@pytest.mark.parametrize("match", [match_by_cka, match_by_texts])
+def test_chance_is_drawn_often_enough_for_a_single_match(match):
+    """Among 15 heads a single one has to be at 1 in 300."""
+    one, two = heads(15, images=12, width=20), heads(15, seed=50, images=12, width=20)
+    two.values[7] = one.values[4]
+    options = {} if match is match_by_cka else {"bank": bank(40, width=20), "profile": "variance"}
+    found = match(one, two, **options)
+    assert [len(found.null_first), len(found.null_second)] == [300, 300]
+    assert "L2H0" in [one.component for one in found.above_chance]
+    option = "permutations" if match is match_by_cka else "rotations"
+    assert len(match(one, two, **options, **{option: 7}).null_first) == 7
+
+
+def test_chance_is_drawn_as_often_as_it_may_cost():
+    assert draws_for(4, 1) == FEWEST == 200
+    assert draws_for(144, 1) == 2880
+    assert draws_for(144, OPERATIONS // 500) == 500
+    assert draws_for(144, OPERATIONS) == 200
+
+
 # --- several models -------------------------------------------------------------------------------------------------
 
 
@@ -414,10 +491,13 @@ def constants_only():
         (lambda: match_by_cka(heads(images=3), heads(images=3)), "at least 4 images"),
         (lambda: match_by_cka(broken(), heads()), "'L0H1' have NaN"),
         (lambda: match_by_cka(constants_only(), heads()), "only constants"),
-        (lambda: match_by_cka(heads(), heads(), permutations=0), "drawn at least once"),
+        (lambda: match_by_cka(heads(), heads(), permutations=0), "permutations= of at least 1"),
         (lambda: match_by_texts(heads(), heads(), bank(), profile="mean"), "'correlation', 'variance'"),
         (lambda: match_by_texts(without_total(), heads(), bank()), "with the total of the model"),
-        (lambda: match_by_texts(heads(), heads(), bank(), rotations=0), "drawn at least once"),
+        (lambda: match_by_texts(heads(), heads(), bank(), rotations=0), "rotations= of at least 1"),
+        (lambda: concentration(heads(), {"a": bank(2)}, resamples=0), "resamples= of at least 1"),
+        (lambda: concentration(heads(), {"a": bank(2)}, level=95.0), "level= between 0 and 1"),
+        (lambda: compare_models({"a": heads()}, {"a": bank(2)}, draws=0), "draws= of at least 1"),
         (lambda: linear_cka(normal(5, 2), normal(6, 2)), "got 5 and 6"),
         (lambda: linear_cka(normal(3, 2), normal(3, 2)), "at least 4"),
         (lambda: compare_models({}, {"a": bank(2)}), "at least one model"),
@@ -443,6 +523,38 @@ def test_too_much_memory_is_refused_with_what_fits():
     assert match_by_cka(parts, parts, permutations=1, max_bytes=needed)
     with pytest.raises(CapacityError, match=r"slice\(28\)"):
         match_by_cka(parts, parts, permutations=1, max_bytes=needed // 2)
+
+
+def test_comparing_models_is_allowed_more_memory():
+    parts = heads(3)
+    needed = 9 * IMAGES**2 * 8
+    options = {"resamples": 5, "draws": 1}
+    assert compare_models({"a": parts, "b": parts}, {"x": bank(2)}, max_bytes=needed, **options).matchings
+    with pytest.raises(CapacityError, match="max_bytes="):
+        compare_models({"a": parts, "b": parts}, {"x": bank(2)}, max_bytes=needed - 1, **options)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation gives, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for one in found if isinstance(found, list | tuple) else (found,):
+            if isinstance(one, torch.Tensor):
+                self.bytes = max(self.bytes, one.nbytes)
+        return found
+
+
+def test_concentration_never_holds_all_values_again():
+    values = normal(30, 50, 64).float()
+    parts = Decomposition(values, [f"L0H{n}" for n in range(30)], values.sum(0))
+    with Largest() as largest:
+        concentration(parts, {"a": bank(2, width=64)}, resamples=10)
+    assert largest.bytes < values.nbytes / 4
 
 
 def test_concentrations_carry_labels():

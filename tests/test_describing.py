@@ -126,6 +126,70 @@ def test_scores_along_all_texts_give_the_same_patches(seen):
             assert [patch.amount for patch in mine] == pytest.approx([patch.amount for patch in other])
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_patches_and_what_is_beside_them_sum_to_the_amounts(seen, centred, averaged):
+    model, images, parts, bank = seen
+    number = 1
+    one = describe(parts, bank, phrases=3, reference=parts if centred else None)[number]
+    tokens = attribute_tokens(model, images, one.directions, by="head")
+    reference = None
+    if centred:
+        reference = mean_of(tokens) if averaged else tokens
+    described = one.with_patches(tokens, reference=reference, k=1000)
+    count = tokens.grid.rows * tokens.grid.columns
+    assert [len(patches) for patches in described.patches] == [count] * 3
+    sums = torch.tensor([sum(patch.amount for patch in patches) for patches in described.patches], dtype=torch.float64)
+    torch.testing.assert_close(sums + described.beside_patches, one.amounts, atol=1e-12, rtol=0)
+    prefix = len(tokens.grid.prefix)
+    scores = tokens.values.sum(0)[:, prefix:] - (tokens.values.sum(0)[:, prefix:].mean(0) if centred else 0)
+    for row, patches in enumerate(described.patches):
+        amounts = {patch.name: patch.amount for patch in patches}
+        assert [amounts[name] for name in tokens.grid.names[prefix:]] == pytest.approx(scores[number, :, row].tolist())
+    if centred:  # without the reference's scores, the mean is in
+        whole = one.with_patches(tokens, k=1000)
+        sums = torch.tensor([sum(patch.amount for patch in of) for of in whole.patches], dtype=torch.float64)
+        torch.testing.assert_close(sums + whole.beside_patches, one.amounts + one.offsets.sum(1), atol=1e-12, rtol=0)
+        assert whole.patches != described.patches
+
+
+def mean_of(tokens):
+    """Scores averaged over images, as those of one image."""
+    blocks = tuple(block.with_values(block.values.mean(1, keepdim=True)) for block in tokens.blocks)
+    untokened = replace(tokens.untokened, values=tokens.untokened.values.mean(1, keepdim=True))
+    return replace(tokens, blocks=blocks, untokened=untokened, total=None)
+
+
+def test_patches_are_those_of_the_descriptions_components(seen):
+    """Of some components, and with a constant of an aligner, which the scores may lack."""
+    model, images, parts, bank = seen
+    some = parts.select(labels=["L2H1", "mlp.3", "embed"])
+    bias = torch.randn(64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    values = torch.cat([some.values, bias.expand(1, 3, 64)])
+    (one,) = describe(Decomposition(values, (*some.components, "aligner.bias")).images([0]), bank, phrases=2)
+    tokens = attribute_tokens(model, images[:1], one.directions, by="head")
+    described = one.with_patches(tokens, k=1000)
+    sums = torch.tensor([sum(patch.amount for patch in of) for of in described.patches], dtype=torch.float64)
+    torch.testing.assert_close(sums + described.beside_patches, one.amounts, atol=1e-12, rtol=0)
+    with pytest.raises(InputError, match=r"'mlp\.3' is missing"):
+        one.with_patches(tokens.select(labels=["L2H1", "embed"]))
+
+
+def test_a_reference_of_something_else_is_refused(seen):
+    model, images, parts, bank = seen
+    plain, centred = (describe(parts, bank, phrases=2, reference=of)[0] for of in (None, parts))
+    tokens = attribute_tokens(model, images, centred.directions, by="head")
+    with pytest.raises(InputError, match="all images of the description's reference"):
+        centred.with_patches(tokens, reference=tokens.images([0]))
+    scores = attribute_tokens(model, images, plain.directions, by="head")
+    with pytest.raises(InputError, match="the description has none"):
+        plain.with_patches(scores, reference=scores)
+    (block,) = tokens.blocks
+    turned = replace(block, grid=replace(block.grid, image_size=(1, 1)))
+    with pytest.raises(InputError, match="by the same tokens"):
+        centred.with_patches(tokens, reference=replace(tokens, blocks=(turned,)))
+
+
 def test_scores_of_something_else_are_refused(seen):
     model, images, parts, bank = seen
     first, second, third = describe(parts, bank, phrases=3)

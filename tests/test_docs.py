@@ -1,6 +1,8 @@
 """The documentation is true: its code runs, and it names every public name."""
 
 import re
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import vitdecomp_lens
 
 ROOT = Path(vitdecomp_lens.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = ("clip", "interpret", "interpret.comparing", "intervene", "testbed", "testbed.planted")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -24,7 +27,8 @@ def test_every_block_of_python_on_a_page_runs(page):
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_every_example_runs(example, capsys):
+def test_every_example_runs(example, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(example)])
     exec(compile(example.read_text(), str(example), "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out
 
@@ -34,6 +38,13 @@ def test_every_public_name_is_in_the_reference():
     for name in vitdecomp_lens.__all__:
         assert f"`{name}`" in reference, name
         assert getattr(vitdecomp_lens, name).__doc__, name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_of_a_module_is_in_the_reference(module):
+    code = " ".join(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "reference.md").read_text()))
+    names = import_module(f"vitdecomp_lens.{module}").__all__
+    assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,6 +1,7 @@
 """Scores of components for features: beside loops in numpy, planted truth, and orders counted one by one."""
 
 import math
+from dataclasses import replace
 from itertools import permutations as all_orders
 
 import numpy as np
@@ -200,7 +201,7 @@ def test_p_values_are_the_shares_of_all_orders_counted_one_by_one():
     parts = related(components=3, images=images, d_clip=4, seed=11)
     scores = score_features(parts, features, bootstrap=0, permutations=20_000)
     assert scores.orders == 20_000
-    found = {"correlation": [], "covariance": []}
+    found, chance = {"correlation": [], "covariance": []}, {"correlation": [], "covariance": []}
     for row in range(3):
         by_order = []
         rest = parts.values.sum(0) - parts.values[row]
@@ -210,11 +211,15 @@ def test_p_values_are_the_shares_of_all_orders_counted_one_by_one():
         for number, name in enumerate(found):
             far = np.abs((every := np.stack([one[number] for one in by_order])) - every.mean(0))
             found[name].append((far >= far[0] - 1e-12).mean(0))  # the first order is the true one
+            chance[name].append((every.mean(0), every.std(0)))
     for name, expected in found.items():
         # One in five orders is drawn with its circle: the error is at most that of 4,000 draws.
         torch.testing.assert_close(
             getattr(scores, f"{name}_p"), torch.tensor(np.stack(expected)), rtol=0, atol=4 * 0.5 / math.sqrt(4000)
         )
+        mean, deviation = np.array(chance[name]).swapaxes(0, 1)
+        off = np.abs(getattr(scores, f"{name}_chance").numpy() - mean)
+        assert (off <= 4 * deviation / math.sqrt(4000)).all()
 
 
 def test_the_order_of_all_images_does_not_matter_to_a_p_value_of_sorted_ones():
@@ -257,6 +262,41 @@ def test_what_others_write_too_is_found_significant():
         assert len({*found} - writes) <= 1
         values = [scores.score(label, name).value for label in found]
         assert values == sorted(values, reverse=True)
+
+
+def test_what_writes_against_the_others_is_told_from_what_writes_with_them():
+    shared = normal(1, 200, 4)
+    values = normal(12, 200, 4, seed=1) + torch.tensor([1.0] * 6 + [0.0] * 4 + [-1.0] * 2)[:, None, None] * shared
+    scores = score_features(
+        Decomposition(values, [f"L0H{n}" for n in range(12)]), {"x": bank_of(torch.eye(4).double())}
+    )
+    for by in ("correlation", "covariance"):
+        assert {*scores.significant("x", by=by, side="above")} == {f"L0H{n}" for n in range(6)}
+        assert {*scores.significant("x", by=by, side="below")} == {"L0H10", "L0H11"}
+        assert {*scores.significant("x", by=by)} == {f"L0H{n}" for n in (*range(6), 10, 11)}
+    # Chance is above 0, because a component is a part of the whole: below it may well be above 0.
+    assert (scores.correlation_chance > 0.05).all()
+    with as_users_run_it(), pytest.raises(InputError, match="'both', 'above', 'below'; got 'over'"):
+        scores.significant("x", side="over")
+    with pytest.raises(InputError, match="what chance gives on average"):
+        replace(scores, correlation_chance=None).significant("x", side="above")
+
+
+def test_few_carriers_among_many_components_are_found():
+    """With 1,000 orders no p-value is below .001, and of 200 components five would have to be that sure."""
+    values = normal(200, 100, 3, seed=10)
+    values[:2] += 10 * normal(1, 100, 3, seed=11)
+    parts = Decomposition(values, [f"L0H{n}" for n in range(200)], values.sum(0))
+    features = {"x": bank_of(torch.eye(3).double())}
+    scores = score_features(parts, features, bootstrap=0)
+    assert scores.orders == 4000
+    assert {*scores.significant("x")} == {"L0H0", "L0H1"}
+    few = score_features(parts, features, bootstrap=0, permutations=1000)
+    assert (few.correlation_p[:2] == 1 / 1000).all()  # as sure as can be
+    assert few.significant("x") == ()
+    batches = (parts.images(slice(start, start + 50)) for start in (0, 50))
+    assert score_features(batches, features, bootstrap=0).orders == 4000
+    assert score_features(parts.select(labels=["L0H0"]), features, bootstrap=0).orders == 1000
 
 
 # ---- what does not vary
@@ -392,9 +432,10 @@ def test_random_features_have_p_values_of_chance():
     null = text_null(parts, features, bank, draws=99, seed=8)
     for p in (null.correlation_p, null.covariance_p):
         for row in p:
-            # All are held against the same 99 sets, which have an error of their own.
-            found = float((row <= 0.2).float().mean())
-            assert abs(found - 0.2) < 4 * math.sqrt(0.2 * 0.8 * (1 / 150 + 1 / 99))
+            for rate in (0.05, 0.2):
+                # All are held against the same 99 sets, which have an error of their own.
+                found = float((row <= rate).float().mean())
+                assert abs(found - rate) < 4 * math.sqrt(rate * (1 - rate) * (1 / 150 + 1 / 99))
 
 
 # ---- bad input

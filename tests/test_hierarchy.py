@@ -10,6 +10,7 @@ from labelled_samples import as_users_run_it
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError
+from vitdecomp_lens.interpret import hierarchy
 from vitdecomp_lens.interpret.hierarchy import ConceptTree, decompose_by_concepts
 
 NESTED = {
@@ -113,6 +114,13 @@ def test_positive_amounts_meet_the_conditions_of_their_optimum():
     assert bool((amounts == 0).any())
     assert float(slope.max()) < 1e-9  # no text could have more
     assert float((slope * (amounts > 0)).abs().max()) < 1e-9  # nor another amount than it has
+
+
+def test_amounts_that_do_not_settle_are_an_error(monkeypatch):
+    tree, bank = ConceptTree.of(dict.fromkeys(TEXTS)), bank_of(6, likeness=0.5)
+    monkeypatch.setattr(hierarchy, "_MOST", 1)
+    with pytest.raises(InputError, match="after 1 steps they have not"):
+        decompose_by_concepts(parts_of(6, images=20).values[0], tree, bank, signs="positive")
 
 
 def test_siblings_in_another_order_have_the_same_parts():
@@ -247,10 +255,20 @@ def test_a_tree_that_is_saved_and_loaded_is_the_same(tmp_path):
     [
         ('{"concepts": [{"name": "a", "parent": "b"}, {"name": "b", "parent": "a"}]}', "'a' → 'b' → 'a'"),
         ('{"concepts": [{"name": "a", "parent": "a"}]}', "'a' → 'a'"),
-        ('{"concepts": [{"name": "a"}, {"name": "a"}]}', "'a' is carried more than once"),
-        ('{"a": null, "a": null}', "'a' is carried more than once"),
-        ('{"a": {"c": null}, "b": {"c": null}}', "'c' is carried more than once"),
-        ('{"a": ["b", "b"]}', "'b' is carried more than once"),
+        ('{"concepts": [{"name": "a"}, {"name": "a"}]}', "'a' is carried more than once: on the first level and on"),
+        ('{"a": null, "x": null, "a": null}', "object with 'a', 'x', 'a' apart; 'a' is carried more than once"),
+        ('{"a": {"c": null}, "b": {"c": null}}', "'c' is carried more than once: under 'a' and under 'b'. Leave all"),
+        ('{"c": null, "b": {"c": null}}', "'c' is carried more than once: on the first level and under 'b'"),
+        ('{"a": ["b", "b"]}', "'b' is carried more than once: under 'a' and under 'a'"),
+        ('{"a": {"texts": ["b", "b"]}}', "texts of 'a' apart; 'b' is carried more than once. Leave all"),
+        ('{"concepts": [{"name": "a", "parent": 5}]}', "that 'a' refines, or None for the first level; got 5"),
+        ('{"concepts": [{"name": "a", "parent": ["b"]}]}', r"that 'a' refines, .* got \['b'\]"),
+        ('{"concepts": [{"name": "a", "texts": 5}]}', "texts of 'a' as one text, or as a list of texts; got 5"),
+        ('{"concepts": [{"name": "a", "texts": null}]}', "texts of 'a' as one text, or as a list of texts; got None"),
+        ('{"a": {"texts": 5}}', "texts of 'a' as one text, or as a list of texts; got 5"),
+        ('{"a": {"texts": {"b": null}}}', "texts of 'a' as one text, or as a list of texts; got {'b'"),
+        ('{"a": {"texts": "b", "children": "c"}}', "under 'a' its children"),
+        ('{"a": {"texts": "b", "children": 0}}', "under 'a' its children"),
         ('{"concepts": [{"name": "a", "parent": "b"}]}', "no concept 'b'"),
         ('{"concepts": [{"parent": "b"}]}', "concept 0 of the file"),
         ('{"a": 3}', "under 'a' its children"),
@@ -274,6 +292,11 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
             ConceptTree.load(tmp_path / name)
     with pytest.raises(StoreError, match="Could not write"):
         ConceptTree.of(NESTED).save(tmp_path / "no folder" / "tree.json")
+
+
+def test_children_may_be_called_what_fields_are():
+    tree = ConceptTree.of({"a": {"children": {"texts": ["b", "c"]}}})
+    assert (tree.names, tree.parents) == (("a", "texts", "b", "c"), (-1, 0, 1, 1))
 
 
 def test_a_mapping_that_holds_itself_is_refused():

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from vitdecomp_lens.clip.alignment import Aligner
 from vitdecomp_lens.collect import collect
 from vitdecomp_lens.commands.interpreting import compare
 from vitdecomp_lens.commands.interpreting.words import Words
-from vitdecomp_lens.decompose import decompose
+from vitdecomp_lens.decompose import attribute_tokens, decompose
 from vitdecomp_lens.interpret.comparing import participation_ratio
 from vitdecomp_lens.interpret.describing import describe
 from vitdecomp_lens.interpret.features import score_features
+from vitdecomp_lens.interpret.hierarchy import ConceptTree, decompose_by_concepts
 from vitdecomp_lens.interpret.text_span import text_span
 from vitdecomp_lens.store import Store
 from vitdecomp_lens.testbed.banks import TEMPLATES, features, objects, text_bank
@@ -52,6 +54,11 @@ def stores(tmp_path_factory):
     weights, bias = torch.randn(width, d_clip, generator=draw), torch.randn(d_clip, generator=draw)
     one_map = Aligner(store.components, (width,), torch.eye(width), weights, bias, store.space, store.metadata)
     one_map.save(folder / "deit.safetensors")
+    circle = [{"name": "a", "parent": "b"}, {"name": "b", "parent": "a"}]
+    trees = {"circle": {"concepts": circle}, "one": {"red": "a red object"}, "strange": ["a zebra", "a red object"]}
+    for name, tree in trees.items():
+        (folder / f"{name}.json").write_text(json.dumps({"some": tree} if name == "strange" else tree))
+    (folder / "twice.txt").write_text("a red object\n\na red object \n")
     (folder / "texts.txt").write_text("a red object\n\n a blue star \nan object on water\n")
     return folder
 
@@ -150,6 +157,11 @@ def test_features_are_ranked(stores, tmp_path, capsys):
     scores = score_features(other, banks, bootstrap=40, permutations=40)
     told = answered(tmp_path / "told.json", "feature")
     assert list(told["features"]) == ["colour", "mine"]
+    assert told["orders"] == scores.orders == 48
+    for name in banks:
+        above, below = told["above_chance"][name], told["below_chance"][name]
+        assert {*above, *below} == {*scores.significant(name)}
+        assert f"Of {len(scores)} components {len(above)} correlate more than by chance, {len(below)} less" in printed
     for name, ranked in told["features"].items():
         assert f"Which components carry {name}" in printed
         assert [one["component"] for one in ranked] == [label for label, _ in scores.top(name, 3)]
@@ -173,6 +185,24 @@ def test_a_feature_is_held_against_others(stores, tmp_path):
     assert list(told["features"]) == ["shape"]
     found = [one["component"] for one in told["features"]["shape"]]
     assert tuple(found) == scores.select("shape", k=2, by="covariance")
+
+
+def test_carriers_are_searched_for_on_both_sides_of_chance(stores, tmp_path, capsys):
+    """What is counted as correlating less than by chance is not counted as correlating more."""
+    asked = ["interpret", "feature", str(stores / "clip"), "colour", "--json", str(tmp_path / "told.json")]
+    assert main(asked) == 0
+    told, printed = answered(tmp_path / "told.json", "feature"), " ".join(capsys.readouterr().out.split())
+    scores = score_features(
+        in_clip(stores)[0], {"colour": text_bank(original("clip"), features()["colour"], templates=TEMPLATES)}
+    )
+    assert told["resamples"] == 1000
+    assert told["orders"] == scores.orders >= 1000
+    sides = [{*told[f"{side}_chance"]["colour"]} for side in ("above", "below")]
+    assert not sides[0] & sides[1]
+    for label in sides[0] | sides[1]:
+        row = scores.labels.index(label)
+        assert (label in sides[0]) == bool(scores.correlation[row, 0] > scores.correlation_chance[row, 0])
+    assert f"{len(sides[0])} correlate more than by chance, {len(sides[1])} less" in printed
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
@@ -219,6 +249,65 @@ def test_files_are_read_by_the_model(stores, tmp_path):
     for path, name in zip(paths, names, strict=True):
         one, two = of_files["images"][path], of_store["images"][name]
         assert [phrase["text"] for phrase in one] == [phrase["text"] for phrase in two]
+
+
+def test_patches_are_those_of_the_model(stores, tmp_path, capsys):
+    model, aligner = HookedViT(original("deit")), Aligner.load(stores / "deit.safetensors")
+    paths = [str(tmp_path / folder / "scene.png") for folder in ("one", "two")]
+    for path, scene in zip(paths, Scenes("test", size=2).scenes(range(2)), strict=True):
+        Path(path).parent.mkdir()
+        scene.picture.save(path)
+    answer, pictures = tmp_path / "told.json", tmp_path / "a" / "pictures"
+    asked = ["--model", "testbed/deit", "--aligner", str(stores / "deit.safetensors"), "--source", "testbed:test:9"]
+    asked += ["--texts", "objects", "--phrases", "2", "--json", str(answer), "--pictures", str(pictures)]
+    assert main(["interpret", "image", *paths, *asked]) == 0
+    printed, told = capsys.readouterr().out, answered(answer, "image")
+    assert told["pictures"] == {paths[0]: "scene.png", paths[1]: "scene-2.png"}
+    assert sorted(path.name for path in pictures.iterdir()) == ["scene-2.png", "scene.png"]
+    bank, others = text_bank(original("clip"), objects()).centred(), in_clip(stores)[1].images(range(9))
+    for path in paths:
+        parts = decompose(model, model.preprocess([path]), by="head").map(aligner)
+        (description,) = describe(parts, bank, phrases=2, reference=others)
+        tokens = attribute_tokens(model, model.preprocess([path]), description.directions, by="head", through=aligner)
+        expected = description.with_patches(tokens).patches
+        for one, of in zip(told["images"][path], expected, strict=True):
+            assert [patch["patch"] for patch in one["patches"]] == [patch.name for patch in of]
+            amounts = [patch.amount for patch in of]
+            assert [patch["amount"] for patch in one["patches"]] == pytest.approx(amounts, abs=1e-2 * max(amounts))
+            assert one["patches"][0]["rectangle"] == list(of[0].rectangle)
+            assert f"{of[0].name} {amounts[0]:+.1f}" in " ".join(printed.replace("│", " ").split())
+
+
+def test_an_image_is_split_among_concepts(stores, tmp_path, capsys):
+    nested = {"colour": {"warm": ["a red object"], "cold": ["a blue object", "a green object"]}, "shape": "a star"}
+    (tmp_path / "tree.json").write_text(json.dumps(nested))
+    asked = ["--aligner", str(stores / "deit.safetensors"), "--tree", str(tmp_path / "tree.json"), "--top", "2"]
+    asked += ["--texts", "objects", "--json", str(tmp_path / "told.json")]
+    other, tree = in_clip(stores)[1], ConceptTree.of(nested)
+    bank = text_bank(original("clip"), [text for texts in tree.texts for text in texts]).centred()
+    for signs in ("positive", "any"):
+        more = [] if signs == "positive" else ["--signs", "any"]
+        assert main(["interpret", "image", str(stores / "deit"), "test:0:5", "test:0:2", *asked, *more]) == 0
+        printed, told = capsys.readouterr().out, answered(tmp_path / "told.json", "image")
+        assert told["signs"] == signs
+        found = decompose_by_concepts(other.images([5, 2]), tree, bank, reference=other, signs=signs)
+        for number, name in enumerate(("test:0:5", "test:0:2")):
+            split = told["trees"][name]
+            assert [one["concept"] for one in split["concepts"]] == list(tree.names)
+            assert [one["refines"] for one in split["concepts"][:3]] == [None, "colour", "warm"]
+            for column, one in enumerate(split["concepts"]):
+                assert one["share"] == pytest.approx(float(found.shares[:, number, column].sum()), abs=2e-3)
+                assert one["own"] == pytest.approx(float(found.own_shares[:, number, column].sum()), abs=2e-3)
+                parts = {
+                    label: float(share)
+                    for label, share in zip(found.labels, found.shares[:, number, column], strict=True)
+                }
+                assert len(one["components"]) == 2
+                for of in one["components"]:
+                    assert of["share"] == pytest.approx(parts[of["component"]], abs=2e-3)
+            assert sum(one["own"] for one in split["concepts"]) + split["remainder"] == pytest.approx(1, abs=1e-5)
+            assert f"What {name} is made of" in printed
+        assert "(remainder)" in printed
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -283,6 +372,10 @@ def test_images_are_paired_by_what_they_are_called(stores, tmp_path):
         (["feature"], "Expected a store"),
         (["component", "{}/clip", "L9H9"], "There is no component 'L9H9'"),
         (["component", "{}/nowhere", "L0H0"], "Expected a store"),
+        (["component", "L3H1"], "Expected a store, a folder that 'vitdecomp-lens collect' made, before the components"),
+        (["component", "L3H1", "mlp.2"], "Expected a store at 'L3H1'"),
+        (["component", "{}/clip", "L0H0", "--aligner", "{}/deit.safetensors"], "Leave out --aligner"),
+        (["component", "{}/clip", "L0H0", "--texts", "{}/twice.txt"], "lines 1 and 3 of"),
         (["component", "{}/deit", "L0H0"], "expected --aligner FILE"),
         (["component", "{}/clip", "L0H0", "--texts", "genral"], "did you mean 'general'"),
         (["component", "{}/clip", "L0H0", "--source", "testbed:test:9"], "give --model NAME"),
@@ -293,12 +386,21 @@ def test_images_are_paired_by_what_they_are_called(stores, tmp_path):
         (["feature", "{}/clip", "color"], "did you mean 'colour'"),
         (["feature", "{}/clip", "mine={}/none.txt"], "there is no file"),
         (["feature", "{}/clip", "colour", "colour"], "named twice"),
+        (["feature", "{}/clip", "={}/texts.txt"], "Expected NAME=FILE, a name and a file"),
+        (["feature", "{}/clip", "colour="], "Expected NAME=FILE, a name and a file"),
+        (["feature", "{}/clip", "mine={}/twice.txt"], "lines 1 and 3 of"),
         (["feature", "{}/clip", "colour", "--against", "colour"], "Expected other features than 'colour'"),
         (["feature", "{}/clip", "colour", "--images", "3"], "at least 4 images"),
         (["image", "{}/clip"], "Expected images"),
         (["image", "{}/clip", "test:0:99"], "no image 'test:0:99'"),
         (["image", "{}/none.png", "--model", "testbed/clip"], "none.png"),
         (["image", "{}/clip", "test:0:1", "--aligner", "testbed/clop"], "no aligner of 'clop'"),
+        (["image", "{}/clip", "test:0:1", "--pictures", "{}/shown"], "Name the model and files of images"),
+        (["image", "a.png", "--model", "testbed/clip", "--pictures", "{}/texts.txt"], "--pictures must be a folder"),
+        (["image", "{}/clip", "test:0:1", "--tree", "{}/none.json"], "Expected a tree of concepts"),
+        (["image", "{}/clip", "test:0:1", "--tree", "{}/circle.json"], "in a circle"),
+        (["image", "{}/clip", "test:0:1", "--tree", "{}/one.json"], "at least two texts"),
+        (["image", "{}/clip", "test:0:1", "--tree", "{}/strange.json"], "'zebra'"),
         (["compare", "{}/clip", "{}/clip"], "two are called 'clip'"),
         (["compare", "{}/clip", "--features", "colour", "--plot", "{}/models.xyz"], "Expected --plot"),
     ],

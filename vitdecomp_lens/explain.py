@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from vitdecomp_lens.class_names import ClassNames, Question
-from vitdecomp_lens.components import By, Component, TokenGrid
+from vitdecomp_lens.components import By, Component
 from vitdecomp_lens.decompose import attribute, attribute_tokens
 from vitdecomp_lens.decomposition import Attribution
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
-from vitdecomp_lens.explanation import Contribution, Explanation, Heatmap, Prediction, Rectangle, share_of
+from vitdecomp_lens.explanation import Contribution, Explanation, Heatmap, Prediction, share_of
 from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.hooked.preprocess import Photograph, open_upright
 from vitdecomp_lens.patch_maps import PatchMaps
@@ -130,7 +130,7 @@ class Explainer:
         return Explanation(
             image=name,
             size=upright.size,
-            seen=_covered(self.model.preprocess_geometry(upright), maps.canvas, image),
+            seen=maps.covered(self.model.preprocess_geometry(upright), *image.shape[2:]),
             model=_model_name(self.model),
             by=self.by,
             relative=self.relative,
@@ -223,15 +223,3 @@ def _strongest(contributions: Sequence[Contribution], count: int) -> list[str]:
     scores = {one.component: one.patches for one in contributions if one.patches is not None}
     chosen = sorted(scores, key=lambda label: -abs(scores[label]))[:count]
     return sorted(chosen, key=lambda label: -scores[label])
-
-
-def _covered(seen: Rectangle, grid: TokenGrid, image: Tensor) -> Rectangle:
-    """Where the patches lie on the photograph: they may cover more than the input (padding), or less."""
-    left, top, right, bottom = seen
-    height, width = grid.image_size
-    return (
-        left,
-        top,
-        left + (right - left) * width / image.shape[3],
-        top + (bottom - top) * height / image.shape[2],
-    )

@@ -37,13 +37,24 @@ def as_components(components: Sequence[Component | str], size: int) -> tuple[Com
     return result
 
 
-def refuse_duplicates(labels: Sequence[str], *, of: str = "components") -> None:
-    """Raise an InputError that names the labels carried more than once."""
+def refuse_duplicates(
+    labels: Sequence[str], *, of: str = "components", remedy: str = "Sum such rows, or give them names."
+) -> None:
+    """Raise an InputError that names the labels carried more than once.
+
+    Args:
+        labels: What has to differ.
+        of: What carries it.
+        remedy: What to do then.
+
+    Raises:
+        InputError: Where a label stands there twice.
+    """
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise InputError(
             f"Expected labels that tell {of} apart; {', '.join(map(repr, twice[:5]))} "
-            f"{'is' if len(twice) == 1 else 'are'} carried more than once. Sum such rows, or give them names."
+            f"{'is' if len(twice) == 1 else 'are'} carried more than once. {remedy}"
         )
 
 

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from rich.text import Text
 
 from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, positive
 from vitdecomp_lens.commands.showing import bar, say_error, tables
-from vitdecomp_lens.commands.writing import unwritable
+from vitdecomp_lens.commands.writing import PictureNames, check_folder, unwritable
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.explain import Explainer
 from vitdecomp_lens.explanation import FORMAT, VERSION, Explanation, printable
@@ -20,7 +18,6 @@ from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.hooked.preprocess import open_upright
 from vitdecomp_lens.pictures import INSTALL, can_draw, save_picture
 
-LONGEST_NAME = 100
 SHOWN = range(4)  # scenes that are explained where no photographs are given
 
 
@@ -51,7 +48,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace, errors: Console) -> int:
     """Explain; 1 if a photograph could not be."""
-    _check_folder(options.out)
+    check_folder(options.out, "--out")
     photographs = options.photographs or _scenes(options)
     console, draws, count = tables(), can_draw(), len(photographs)
     names = PictureNames(options.out)
@@ -94,13 +91,6 @@ def _scenes(options: argparse.Namespace) -> list[str]:
     except OSError as error:
         raise unwritable(folder, error) from error
     return paths
-
-
-def _check_folder(out: Path) -> None:
-    """Refuse a place in which no folder can be made, before anything is computed."""
-    nearest = next((path for path in (out, *out.parents) if os.path.exists(path)), out)
-    if os.path.exists(nearest) and not nearest.is_dir():
-        raise InputError(f"--out must be a folder; {str(nearest)!r} is a file. Choose another place.")
 
 
 class ExplanationsFile:
@@ -164,7 +154,7 @@ def _explainer(options: argparse.Namespace, errors: Console) -> Explainer:
     )
 
 
-def _draw(explanation: Explanation, names: "PictureNames") -> str:
+def _draw(explanation: Explanation, names: PictureNames) -> str:
     name = names.next(explanation.image)
     try:
         names.folder.mkdir(parents=True, exist_ok=True)
@@ -172,29 +162,3 @@ def _draw(explanation: Explanation, names: "PictureNames") -> str:
     except OSError as error:
         raise unwritable(names.folder / name, error) from error
     return name
-
-
-class PictureNames:
-    """File names for pictures, made from those of photographs: harmless, and each only once.
-
-    Args:
-        folder: Where the pictures go.
-
-    Example:
-        >>> names = PictureNames(Path("explained"))
-        >>> names.next("a/cat.jpg"), names.next("b/Cat.png"), names.next("-rf $(x).jpg")
-        ('cat.png', 'Cat-2.png', 'rf_x.png')
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.taken: set[str] = set()
-
-    def next(self, photograph: str) -> str:
-        """A name for the picture of a photograph."""
-        stem = re.sub(r"[^\w.-]+", "_", Path(photograph).stem)[:LONGEST_NAME].strip("._-") or "photograph"
-        name, number = f"{stem}.png", 2
-        while name.casefold() in self.taken:  # not every file system tells cases apart
-            name, number = f"{stem}-{number}.png", number + 1
-        self.taken.add(name.casefold())
-        return name

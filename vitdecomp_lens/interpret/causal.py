@@ -43,7 +43,8 @@ __all__ = ["EffectsTable", "effects_table"]
 
 Score = Literal["covariance", "correlation", "variance"]
 LEAST = 3  # components: a rank correlation of two is 1 or -1 whatever they are
-SAME = 1e-2  # relative: two clean read-outs that differ by more are of other images or directions
+SAME = 1e-2  # of what varies over images: two clean read-outs that differ by more are of other images or directions
+ROUNDING = 64  # steps of rounding of the larger ones, within which read-outs are one however little varies
 NUMBERS = 1 << 22  # that resampling works on at a time
 
 
@@ -162,7 +163,7 @@ def effects_table(
 
     Raises:
         InputError: Where images, directions or components of the two do not fit, there are too few of them, or
-            ``direct`` and ``total`` have changed places.
+            ``total`` does not say that it is of total effects, or ``direct`` does.
 
     Example:
         >>> from vitdecomp_lens import HookedViT, attribute
@@ -264,10 +265,15 @@ def _scores(
 
 
 def _refuse_unequal(direct: Attribution, total: Attribution, how: str, labels: tuple[str, ...]) -> None:
-    if direct.metadata.get("effect") == "total" or total.metadata.get("effect", "total") != "total":
+    if direct.metadata.get("effect") == "total":
         raise InputError(
             "Expected direct scores first, as of attribute or project, and total effects second, as of total_effects;"
-            " got them the other way round."
+            " got total effects first."
+        )
+    if total.metadata.get("effect") != "total":
+        raise InputError(
+            f"Expected total effects second ({how}), as of total_effects, which say so in their metadata; these do not."
+            ' Direct scores are none. Effects of your own: Attribution(..., metadata={"effect": "total"}).'
         )
     if total.values.shape[1:] != direct.values.shape[1:]:
         raise InputError(
@@ -296,11 +302,14 @@ def _whole(direct: Attribution, totals: Mapping[str, Attribution]) -> Float[Tens
     if not found:
         raise InputError("Expected the projections of the whole, as the total of one of the two; got none.")
     (name, first), *others = found.items()
+    varies, largest = float((first - first.mean(0)).abs().max()), float(first.abs().max())
+    step = max(torch.finfo(total.dtype).eps for total in known.values() if total is not None)
     for other, whole in others:
-        if not torch.allclose(whole, first, rtol=0, atol=SAME * float(first.abs().max())):
+        off = float((whole - first).abs().max())
+        if not off <= SAME * varies + ROUNDING * step * largest:
             raise InputError(
-                f"Expected one clean read-out; the totals of {name} and {other} differ by up to"
-                f" {float((whole - first).abs().max()):.2g}, where they are up to {float(first.abs().max()):.2g}. Use"
-                " the same images, in the same order, and the same directions."
+                f"Expected one clean read-out; the totals of {name} and {other} differ by up to {off:.2g}, where they"
+                f" vary by up to {varies:.2g} over images. Use the same images, in the same order, and the same"
+                " directions."
             )
     return first

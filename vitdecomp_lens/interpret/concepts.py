@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from vitdecomp_lens.selecting import refuse_duplicates
 __all__ = ["ConceptTree"]
 
 _FIELDS = {"texts", "children"}  # of a node that is written out
+ONE = "Leave all but one out, or give them other names."
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +55,7 @@ class ConceptTree:
         for number, name in enumerate(self.names):
             if not isinstance(name, str) or not name.strip():
                 raise InputError(f"Expected concepts with names; concept {number} is called {name!r}.")
-        refuse_duplicates(self.names, of="concepts")
+        _refuse_repeated(zip(self.names, map(self._above, self.parents), strict=True))
         for name, parent, number in zip(self.names, self.parents, range(len(self.names)), strict=True):
             if not -1 <= parent < number:
                 raise InputError(
@@ -64,6 +65,9 @@ class ConceptTree:
         for number, name in enumerate(self.names):
             self._check_texts(name, self.texts[number], bool(self.numbers_below[number]))
 
+    def _above(self, parent: int) -> str | None:
+        return self.names[parent] if 0 <= parent < len(self.names) else None
+
     @staticmethod
     def _check_texts(name: str, texts: Sequence[str], has_children: bool) -> None:
         if not texts and not has_children:
@@ -71,7 +75,7 @@ class ConceptTree:
         for text in texts:
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"Expected texts that say something; {name!r} has {text!r}.")
-        refuse_duplicates(texts, of=f"texts of {name!r}")
+        refuse_duplicates(texts, of=f"texts of {name!r}", remedy=ONE)
 
     # ---- making
 
@@ -114,6 +118,8 @@ class ConceptTree:
             ('colour', 'red')
         """
         texts = {} if texts is None else texts
+        for name, parent in parents.items():
+            _refuse_parent(name, parent)
         for name in [*(parent for parent in parents.values() if parent is not None), *texts]:
             if name not in parents:
                 raise UnknownNameError(f"There is no concept {name!r} in the tree; {near_matches(name, parents)}")
@@ -132,7 +138,7 @@ class ConceptTree:
         return cls(
             tuple(order),
             tuple(-1 if parent is None else number[parent] for parent in above),
-            tuple((one,) if isinstance(one, str) else tuple(one) for one in own),
+            tuple(_texts(name, one) for name, one in zip(order, own, strict=True)),
         )
 
     @classmethod
@@ -158,9 +164,12 @@ class ConceptTree:
         for number, one in enumerate(listed):
             if not isinstance(one, dict) or not isinstance(one.get("name"), str):
                 raise InputError(f"Expected concepts with a name each; concept {number} of the file is {one!r}.")
-        refuse_duplicates([one["name"] for one in listed], of="concepts")
+            _refuse_parent(one["name"], one.get("parent"))
+        _refuse_repeated((one["name"], one.get("parent")) for one in listed)
         parents = {one["name"]: one.get("parent") for one in listed}
-        return cls.of_parents(parents, {one["name"]: one["texts"] for one in listed if "texts" in one})
+        return cls.of_parents(
+            parents, {one["name"]: _texts(one["name"], one["texts"]) for one in listed if "texts" in one}
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file: ``{"concepts": [{"name": ..., "parent": ..., "texts": [...]}, ...]}``.
@@ -270,22 +279,53 @@ def _told(name: Any, said: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
         return (name,), {}
     if isinstance(said, str):
         return (said,), {}
-    if isinstance(said, list | tuple) and all(isinstance(child, str) for child in said):
-        refuse_duplicates(said, of="concepts")
-        return (() if said else (name,)), dict.fromkeys(said)
     if isinstance(said, Mapping) and said and set(said) <= _FIELDS:
-        texts = said.get("texts", ())
-        below = said.get("children") or {}
-        inner = _told(name, below)[1] if below else {}
-        if not (texts or inner):
-            texts = (name,)
-        return ((texts,) if isinstance(texts, str) else tuple(texts)), inner
+        texts, inner = _texts(name, said.get("texts", ())), said.get("children")
+        below = {} if inner is None else _children(name, inner)
+        return (texts if texts or below else (name,)), below
+    below = _children(name, said)
+    return (() if below else (name,)), below
+
+
+def _children(name: Any, said: Any) -> Mapping[str, Any]:
+    """The children of a concept, each with what stands under it."""
+    if isinstance(said, list | tuple) and all(isinstance(child, str) for child in said):
+        _refuse_repeated((child, name) for child in said)
+        return dict.fromkeys(said)
     if isinstance(said, Mapping):
-        return (() if said else (name,)), said
+        return said
     raise InputError(
         f"Expected under {name!r} its children (a mapping, or a list of names), a text, None, or {{'texts': [...], "
         f"'children': ...}}; got {said!r}."
     )
+
+
+def _texts(name: Any, said: Any) -> tuple[str, ...]:
+    """The texts of a concept, which are one or several."""
+    if isinstance(said, str):
+        return (said,)
+    if isinstance(said, list | tuple):
+        return tuple(said)
+    raise InputError(f"Expected the texts of {name!r} as one text, or as a list of texts; got {said!r}.")
+
+
+def _refuse_parent(name: str, parent: Any) -> None:
+    if not isinstance(parent, str | None):
+        raise InputError(
+            f"Expected the name of the concept that {name!r} refines, or None for the first level; got {parent!r}."
+        )
+
+
+def _refuse_repeated(placed: Iterable[tuple[str, Any]]) -> None:
+    """Refuse a concept that is there twice; ``placed`` are names, and which each refines."""
+    places: dict[str, list[str]] = {}
+    for name, above in placed:
+        places.setdefault(name, []).append("on the first level" if above is None else f"under {above!r}")
+    for name, several in places.items():
+        if len(several) > 1:
+            raise InputError(
+                f"Expected each concept once; {name!r} is carried more than once: {' and '.join(several)}. {ONE}"
+            )
 
 
 def _refuse_circle(name: str, parents: Mapping[str, str | None]) -> None:
@@ -303,5 +343,6 @@ def _refuse_circle(name: str, parents: Mapping[str, str | None]) -> None:
 
 def _told_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a JSON file, in which JSON itself would let the last of two equal names win."""
-    refuse_duplicates([name for name, _ in pairs], of="concepts")
+    names = [name for name, _ in pairs]
+    refuse_duplicates(names, of=f"the entries of the object with {', '.join(map(repr, names[:5]))}", remedy=ONE)
     return dict(pairs)

@@ -34,7 +34,7 @@ class Patch:
     Attributes:
         name: Its row and column, such as ``"r2c3"``.
         rectangle: Top, left, bottom, right in pixels of the model's image.
-        amount: Its scores summed over components.
+        amount: Its scores summed over components, less those of the reference at the same place, where these are known.
     """
 
     name: str
@@ -62,6 +62,8 @@ class Description:
         image: Which of the batch it is.
         space: The name of the space.
         patches: For each phrase the patches that carry most of it, or None before `with_patches`.
+        beside_patches: What no patch has: tokens that are no patches, such as a class token, and components without
+            tokens. With all patches it sums to the amount; see `with_patches`.
     """
 
     phrases: tuple[str, ...]
@@ -74,6 +76,7 @@ class Description:
     image: int
     space: str
     patches: tuple[tuple[Patch, ...], ...] | None = None
+    beside_patches: Float[Tensor, "phrase"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "components", as_components(self.components, self.by_component.shape[1]))
@@ -123,54 +126,109 @@ class Description:
             lines.append(line.replace("-", "−") if "-" not in phrase else line)
         return "\n".join(lines)
 
-    def with_patches(self, tokens: TokenAttribution, *, k: int = 3) -> "Description":
+    def with_patches(
+        self, tokens: TokenAttribution, *, reference: TokenAttribution | None = None, k: int = 3
+    ) -> "Description":
         """The same, with the patches that carry most of each phrase.
+
+        With ``reference``, the mean of its images is taken off each token's score, as it was off the amounts: a
+        phrase's patches (all of them, not only the k strongest) and its ``beside_patches`` sum to its amount. So they
+        do for a description without a reference. A description with one that is given none here gets patches that hold
+        the reference's mean too: they sum to the amount and its ``offsets``, and a patch may be strong because it is so
+        in every image.
 
         Args:
             tokens: Scores along ``directions``, in their order, of this image; or of its whole batch. In CLIP space
-                that is ``attribute_tokens(model, images, description.directions)``.
+                that is ``attribute_tokens(model, images, description.directions)``. Components that the description
+                does not have are left out.
+            reference: The same of the images that were the description's reference, all of them, along the same
+                directions. Their mean over images, as one image, does as well.
             k: How many patches a phrase.
 
         Raises:
-            InputError: Where directions or images do not fit, a component of the description is missing, or scores
-                summed over tokens are not the amounts, so that they are of other directions or another image.
+            InputError: Where directions, grids or images do not fit, a component of the description is missing (but for
+                constants), or scores summed over tokens are not the amounts, so that they are of other directions or
+                other images.
+
+        Example:
+            >>> from vitdecomp_lens import HookedViT, attribute_tokens, decompose
+            >>> model = HookedViT.from_timm("test_vit", num_classes=5)
+            >>> images, others = torch.randn(1, 3, 160, 160), torch.randn(3, 3, 160, 160)
+            >>> bank = TextBank(["up", "down"], torch.eye(64)[:2] - torch.eye(64)[2:4], space="example")
+            >>> one = describe(decompose(model, images), bank, reference=decompose(model, others))[0]
+            >>> tokens, mean = (attribute_tokens(model, batch, one.directions) for batch in (images, others))
+            >>> one = one.with_patches(tokens, reference=mean, k=100)
+            >>> sums = torch.tensor([sum(patch.amount for patch in of) for of in one.patches])
+            >>> torch.allclose(sums + one.beside_patches, one.amounts, atol=1e-4)
+            True
         """
         if k < 1:
             raise InputError(f"Expected k= of at least 1; got {k}.")
-        tokens = self._of_this_image(tokens)
-        self._refuse_other_scores(tokens)
-        return replace(self, patches=tuple(tuple(_strongest(tokens, row, k)) for row in range(len(self))))
+        tokens, expected = self._of_components(self._of_this_image(tokens)), self.by_component + self.offsets
+        self._refuse_other_scores(tokens, expected, f"this image (image {self.image} of its batch)")
+        if reference is not None:
+            if len(self) and not bool(self.offsets.any()):
+                raise InputError("Expected no reference: the description has none. Describe with reference= first.")
+            reference = self._of_components(self._along_directions(reference))
+            self._refuse_other_scores(reference, self.offsets, "all images of the description's reference")
+            tokens, expected = _less_mean(tokens, reference), self.by_component
+        patches = tuple(tuple(_strongest(tokens, row, k)) for row in range(len(self)))
+        return replace(self, patches=patches, beside_patches=self._beside(tokens, expected))
 
-    def _of_this_image(self, tokens: TokenAttribution) -> TokenAttribution:
-        batch, count = tokens.untokened.values.shape[1:]
+    def _along_directions(self, tokens: TokenAttribution) -> TokenAttribution:
+        count = tokens.untokened.values.shape[2]
         if count != len(self):
             raise InputError(
                 f"Expected scores along the description's {len(self)} directions; got {count}. Attribute along "
                 f"description.directions."
             )
+        return tokens
+
+    def _of_this_image(self, tokens: TokenAttribution) -> TokenAttribution:
+        batch = self._along_directions(tokens).untokened.values.shape[1]
         if batch > 1 and self.image >= batch:
             raise InputError(f"Expected scores of this image, or of the batch with image {self.image}; got {batch}.")
         return tokens.images([0 if batch == 1 else self.image])
 
-    def _refuse_other_scores(self, tokens: TokenAttribution) -> None:
-        scores = tokens.sum_tokens()
-        known = positions_of(scores.components)
-        expected = (self.by_component + self.offsets).T.cpu()
-        for label, row in zip(self.labels, expected, strict=True):
-            if label not in known:
-                continue  # such as an aligner's bias, which no model has; what has no tokens carries no patch
-            off = float((scores.values[known[label], 0].to(row) - row).abs().max())
-            if off > _AGREES * float(expected.abs().max()):
-                raise InputError(
-                    f"Expected scores that sum over tokens to what components add to the phrases; those of {label!r} "
-                    f"are off by {off:.2g}. Attribute this image (image {self.image} of its batch) along "
-                    f"description.directions, with the same model and cut."
-                )
-        if not set(self.labels) & set(known):
+    def _of_components(self, tokens: TokenAttribution) -> TokenAttribution:
+        """The scores of the description's components. Constants, such as an aligner's bias, may be missing."""
+        there = (*tokens.components, *tokens.untokened.components)
+        known = {component.label for component in there}
+        missing = [one.label for one in self.components if one.label not in known and one.kind != "constant"]
+        if missing or not known & set(self.labels):
+            lacking = f"; {missing[0]!r} is missing" if missing else ""
             raise InputError(
                 f"Expected scores of the description's components, {summary(self.components)}; got those of "
-                f"{summary(scores.components)}. Decompose and attribute with the same by=."
+                f"{summary(there)}{lacking}. Decompose and attribute with the same by=."
             )
+        return tokens.select(labels=[label for label in self.labels if label in known])
+
+    def _refuse_other_scores(
+        self, tokens: TokenAttribution, expected: Float[Tensor, "phrase component"], images: str
+    ) -> None:
+        """Refuse scores that, summed over tokens and averaged over images, are not those of the description."""
+        scores = tokens.sum_tokens()
+        means = scores.values.mean(1, dtype=accumulator(scores.values.dtype))
+        known, rows = positions_of(scores.components), expected.T.to(means)
+        size = float((self.by_component + self.offsets).abs().max()) if len(self) else 0.0
+        for label, row in zip(self.labels, rows, strict=True):
+            off = float((means[known[label]] - row).abs().amax()) if label in known and len(self) else 0.0
+            if off > _AGREES * size:
+                raise InputError(
+                    f"Expected scores that sum over tokens to what components add to the phrases; those of {label!r} "
+                    f"are off by {off:.2g}. Attribute {images} along description.directions, with the same model and "
+                    f"cut."
+                )
+
+    def _beside(self, tokens: TokenAttribution, expected: Float[Tensor, "phrase component"]) -> Float[Tensor, "phrase"]:
+        """What tokens that are no patches and components without tokens have, those included that were not scored."""
+        wide = expected.double()
+        found = tokens.untokened.values[:, 0].sum(0, dtype=torch.float64).to(wide.device)
+        for block in tokens.blocks:
+            found += block.values[:, 0, : len(block.grid.prefix)].sum((0, 1), dtype=torch.float64).to(wide.device)
+        scored = {*tokens.labels, *tokens.untokened.labels}
+        found += wide[:, [row for row, label in enumerate(self.labels) if label not in scored]].sum(1)
+        return found.to(expected.dtype)
 
 
 @torch.no_grad()
@@ -193,7 +251,8 @@ def describe(
         parts: Contributions in the space of the texts, as ``parts.map(aligner)`` gives them.
         bank: The texts. Of a bank that is not centred, all texts agree with most images.
         tokens: Scores along the directions of all texts of the bank in their order, where they were computed before:
-            patches are read off them. Else see `Description.with_patches`.
+            patches are read off them, with the reference's mean in them if there is a reference. Else see
+            `Description.with_patches`, which can take it off.
         phrases: How many at most.
         reference: Contributions of other images: the mean of their components is taken off, so that phrases say how an
             image differs from them.
@@ -313,6 +372,26 @@ def _with_bank_tokens(description: Description, bank: TextBank, tokens: TokenAtt
     blocks = tuple(block.with_values(along(block.values)) for block in tokens.blocks)
     untokened = replace(tokens.untokened, values=along(tokens.untokened.values), directions=None)
     return description.with_patches(replace(tokens, blocks=blocks, untokened=untokened, total=None, complete=False))
+
+
+def _less_mean(tokens: TokenAttribution, reference: TokenAttribution) -> TokenAttribution:
+    """The scores of one image less the mean of a reference's, token by token."""
+    if [(block.components, block.grid) for block in tokens.blocks] != [
+        (block.components, block.grid) for block in reference.blocks
+    ] or tokens.untokened.components != reference.untokened.components:
+        raise InputError(
+            "Expected scores of image and reference by the same tokens; their components or grids differ. Attribute "
+            "both with the same model, cut and image size."
+        )
+
+    def less(values: Tensor, others: Tensor) -> Tensor:
+        wide = accumulator(values.dtype, others.dtype)
+        return values.to(wide) - others.mean(1, keepdim=True, dtype=wide).to(values.device)
+
+    pairs = zip(tokens.blocks, reference.blocks, strict=True)
+    blocks = tuple(block.with_values(less(block.values, of.values)) for block, of in pairs)
+    untokened = replace(tokens.untokened, values=less(tokens.untokened.values, reference.untokened.values))
+    return replace(tokens, blocks=blocks, untokened=untokened, total=None, complete=False)
 
 
 def _strongest(tokens: TokenAttribution, direction: int, k: int) -> Iterator[Patch]:

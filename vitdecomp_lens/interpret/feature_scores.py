@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,10 +18,12 @@ from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
 from vitdecomp_lens.interpret.statistics import false_discovery
 from vitdecomp_lens.selecting import Components, Names, as_components, position, positions_of, summary
 
-__all__ = ["BY", "LEVEL", "FeatureScore", "FeatureScores", "TextNull"]
+__all__ = ["BY", "LEVEL", "SIDES", "FeatureScore", "FeatureScores", "Side", "TextNull"]
 
+Side = Literal["both", "above", "below"]
 LEVEL = 0.95
 BY = ("correlation", "covariance")
+SIDES: tuple[str, ...] = get_args(Side)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class FeatureScores:
         resamples: How many resamples the intervals are from.
         orders: How many orders of the images the p-values are from.
         level: Of the intervals.
+        correlation_chance: What chance gives on average, as p-values see it: the mean over orders. It is not 0, because
+            a component is a part of the whole. None where there are no p-values.
+        covariance_chance: The same for covariances.
     """
 
     components: Components
@@ -81,6 +86,8 @@ class FeatureScores:
     resamples: int
     orders: int
     level: float = LEVEL
+    correlation_chance: Float[Tensor, "component feature"] | None = None
+    covariance_chance: Float[Tensor, "component feature"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "components", as_components(self.components, len(self.correlation)))
@@ -204,25 +211,40 @@ class FeatureScores:
         """
         return tuple(label for label, _ in _highest(self.margins(feature, against=against, by=by), self.labels, k))
 
-    def significant(self, feature: str, *, rate: float = 0.05, by: str = "correlation") -> tuple[str, ...]:
+    def significant(
+        self, feature: str, *, rate: float = 0.05, by: str = "correlation", side: Side = "both"
+    ) -> tuple[str, ...]:
         """The components whose score is no chance, at a rate of false discoveries over all components.
+
+        A p-value is never below 1 / ``orders``. So k of n components can be found together only where ``orders`` is at
+        least n / (rate · k): with 1,000 orders, at a rate of .05, a single component among up to 50. Score with
+        ``permutations=None``, the default, for as many orders as it takes to find a single one.
 
         Args:
             feature: Its name.
             rate: How many of those found may be expected to be false, as a share.
             by: ``"correlation"`` or ``"covariance"``.
+            side: ``"above"`` for those that score higher than chance does on average, which write the feature where
+                others do; ``"below"`` for those that score lower, which write against the others; ``"both"``. The rate
+                is that of both together.
 
         Returns:
-            Labels, of the highest score first. Scores below what chance gives are among them, too: see `top`.
+            Labels, of the highest score first.
 
         Raises:
             UnknownNameError: Where there is no such feature.
             InputError: Where there are no p-values.
         """
-        values, p = self._by(by)[:, self._column(feature)], getattr(self, f"{by}_p")
-        if p is None:
-            raise InputError("Expected p-values; these scores have none. Score with permutations= above 0.")
-        found = false_discovery(p[:, self._column(feature)]) <= rate
+        column = self._column(feature)
+        values, p, chance = self._by(by)[:, column], getattr(self, f"{by}_p"), getattr(self, f"{by}_chance")
+        if side not in SIDES:
+            raise InputError(f"Expected side= as one of {', '.join(map(repr, SIDES))}; got {side!r}.")
+        if p is None or (chance is None and side != "both"):
+            what = "p-values" if p is None else "what chance gives on average"
+            raise InputError(f"Expected {what}; these scores have none. Score with permutations= above 0.")
+        found = false_discovery(p[:, column]) <= rate
+        if side != "both":
+            found &= values > chance[:, column] if side == "above" else values < chance[:, column]
         return tuple(self.labels[row] for row in values.argsort(descending=True, stable=True).tolist() if found[row])
 
     def _by(self, by: str) -> Float[Tensor, "component feature"]:

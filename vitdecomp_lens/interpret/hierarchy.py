@@ -260,7 +260,8 @@ def decompose_by_concepts(
 
     Raises:
         UnknownNameError: Where texts of the tree are missing in the bank; all of them are named.
-        InputError: Where vectors are not of the bank's space, or have NaN or Inf; or an option is out of range.
+        InputError: Where vectors are not of the bank's space, or have NaN or Inf; an option is out of range; or amounts
+            above zero do not settle, the texts being nearly dependent.
 
     Example:
         >>> bank = TextBank(["red", "blue", "star"], torch.eye(3), space="example")
@@ -324,15 +325,17 @@ def _positive(
     whole = parts.sum(0)
     eye = noise * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     ahead = torch.linalg.solve(rows.T @ rows + eye, whole)
+    held = rows @ ahead > 0
 
     def cost(u: Tensor) -> float:
         return float(noise * u.square().sum() + (rows @ u).clamp(min=0).square().sum() - 2 * u @ whole)
 
+    def curvature() -> Tensor:
+        return rows[held].T @ rows[held] + eye
+
     for _ in range(_MOST):
-        active = rows[rows @ ahead > 0]
-        curvature = active.T @ active + eye
-        target = torch.linalg.solve(curvature, whole)
-        if bool(((rows @ target > 0) == (rows @ ahead > 0)).all()):
+        target = torch.linalg.solve(curvature(), whole)
+        if bool(((rows @ target > 0) == held).all()):
             break
         step = 1.0
         while step > _LEAST and cost(ahead + step * (target - ahead)) >= cost(ahead):
@@ -340,8 +343,13 @@ def _positive(
         if step <= _LEAST:  # what is left to gain is rounding
             break
         ahead = ahead + step * (target - ahead)
-    chosen = (rows @ ahead > 0).to(rows.dtype)
-    return torch.linalg.solve(curvature, parts.T).T @ (rows * chosen[:, None]).T
+        held = rows @ ahead > 0
+    else:
+        raise InputError(
+            f"Expected amounts above zero to settle; after {_MOST} steps they have not. Raise ridge=, or leave out "
+            f"texts that are nearly sums of others."
+        )
+    return torch.linalg.solve(curvature(), parts.T).T @ (rows * held[:, None]).T
 
 
 def _directions(

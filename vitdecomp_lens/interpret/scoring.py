@@ -28,6 +28,9 @@ WORKING = 2**27  # bytes that projecting and resampling work in at a time
 # Relative to the length of a component's values, deviations smaller than so many steps of rounding are nothing.
 ROUNDING = 16
 CIRCLES = 4096  # orders that are looked at together, where there are no more images than that
+# Orders where no number of them is given: so many, or as many a component as let a single one be found among all at a
+# rate of false discoveries of 5 %. Cost is components times orders, hence at most so many.
+FEWEST_ORDERS, ORDERS_EACH, MOST_ORDERS = 1000, 20, 2**16
 TIED = 256  # steps of rounding within which two scores are one
 Parts = Decomposition | Iterable[Decomposition]
 
@@ -60,15 +63,16 @@ class Request:
     bases: list[Float[Tensor, "_ d_clip"]]
     space: str
     bootstrap: int
-    permutations: int
+    permutations: int | None
     level: float
     seed: int
     max_bytes: int
 
     def __post_init__(self) -> None:
         for name in ("bootstrap", "permutations"):
-            if getattr(self, name) < 0:
-                raise InputError(f"Expected {name}= of at least 0; got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InputError(f"Expected {name}= of at least 0; got {value}.")
         if not 0 < self.level < 1:
             raise InputError(f"Expected level= between 0 and 1; got {self.level}.")
 
@@ -76,6 +80,12 @@ class Request:
     def widths(self) -> tuple[int, ...]:
         """The dimension of each feature's subspace."""
         return tuple(len(basis) for basis in self.bases)
+
+    def orders(self, components: int) -> int:
+        """How many orders p-values are from, at least."""
+        if self.permutations is not None:
+            return self.permutations
+        return max(FEWEST_ORDERS, min(ORDERS_EACH * components, MOST_ORDERS))
 
     def groups(self, one: int) -> Iterator["Request"]:
         """The same for some of the features at a time; ``one`` is how many bytes a direction takes."""
@@ -302,7 +312,7 @@ class _Scoring:
         self.total = self.deviations.square() @ self.sums.double()
         counts = bootstrap_counts(self.images, request.bootstrap, request.seed)
         self.weights = counts.to(written.own) / self.images
-        blocks = -(-request.permutations // self.images)
+        blocks = -(-request.orders(len(written.components)) // self.images)
         self.orders = permutations(self.images, blocks, request.seed).to(written.own.device)
         # About so many tensors are there at once, of double the size where they are complex or in double precision.
         row = (
@@ -322,8 +332,8 @@ class _Scoring:
             "variance": deviations.square() @ self.sums.double(),
         }
         ends = self._intervals(own, deviations) if self.request.bootstrap else (None, None)
-        p = self._p_values(own, deviations) if self.request.permutations else (None, None)
-        return {**found, **_named("interval", ends), **_named("p", p)}
+        p, chance = self._p_values(own, deviations) if len(self.orders) else ((None, None), (None, None))
+        return {**found, **_named("interval", ends), **_named("p", p), **_named("chance", chance)}
 
     def _intervals(
         self, own: Float[Tensor, "row direction image"], deviations: Float[Tensor, "row direction"]
@@ -351,8 +361,8 @@ class _Scoring:
 
     def _p_values(
         self, own: Float[Tensor, "row direction image"], deviations: Float[Tensor, "row direction"]
-    ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row feature"]]:
-        """Of correlations and covariances.
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Of correlations and covariances, and what these are on average, each ``[row, feature]``.
 
         The whole is the component and the rest. With the component's images in another order, its covariance with that
         whole is its variance plus its covariance with the rest, and that is all that depends on the order. In every
@@ -375,8 +385,9 @@ class _Scoring:
             by_order[1].append(_by_feature(covariances * scale.square()[..., None].to(both), self.sums))
         tied = TIED * torch.finfo(own.dtype).eps
         sizes = (self.means.new_ones(()), (scale.square() @ self.sums.double())[..., None])
-        first, second = (_as_far(torch.cat(d, -1), tied * size) for d, size in zip(by_order, sizes, strict=True))
-        return first, second
+        found = [_as_far(torch.cat(d, -1), tied * size) for d, size in zip(by_order, sizes, strict=True)]
+        p, chance = zip(*found, strict=True)
+        return (p[0], p[1]), (chance[0], chance[1])
 
 
 def _named(what: str, pair: tuple[Tensor | None, Tensor | None]) -> dict[str, Tensor | None]:
@@ -389,10 +400,13 @@ def _by_feature(
     return einsum(values, weights, "row direction order, direction feature -> row feature order")
 
 
-def _as_far(scores: Float[Tensor, "row feature order"], tied: Float[Tensor, "..."]) -> Float[Tensor, "row feature"]:
-    """The share of orders whose score is as far from their mean as the first, which is the true one."""
-    far = (scores - scores.mean(-1, keepdim=True, dtype=torch.float64).to(scores)).abs()
-    return (far >= far[..., :1] - tied.to(far)).double().mean(-1)
+def _as_far(
+    scores: Float[Tensor, "row feature order"], tied: Float[Tensor, "..."]
+) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row feature"]]:
+    """The share of orders whose score is as far from their mean as the first, which is the true one; and the mean."""
+    mean = scores.mean(-1, keepdim=True, dtype=torch.float64)
+    far = (scores - mean.to(scores)).abs()
+    return (far >= far[..., :1] - tied.to(far)).double().mean(-1), mean[..., 0]
 
 
 def _ratio(values: Tensor, sizes: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def add_to(questions: Any) -> None:
     parser.add_argument("--by", choices=MATCHED_BY, default="cka", help=matched)
     add_images(parser, IMAGES)
     parser.add_argument("--resamples", type=positive, default=1000, metavar="N", help="that intervals are from (1000)")
-    parser.add_argument("--draws", type=positive, default=200, metavar="N", help="of chance, for matches (200)")
+    draws = "of chance, for matches (200; 20 a head of the model that has more, where that takes no more than minutes)"
+    parser.add_argument("--draws", type=positive, metavar="N", help=draws)
     parser.add_argument("--seed", type=int, default=0, help="of resamples and chance (0)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw both as a picture, such as models.png")
     add_json(parser)

@@ -3,6 +3,7 @@
 import argparse
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace, errors: Console) -> int:
     """Read components, and print a table for each."""
     path, labels = named_in(options)
     if not labels:
-        raise InputError("Expected components, such as L3H1, after the store if there is one; got none.")
+        raise InputError(_nothing_asked(path))
     with ExitStack() as stack:
         words = Words(options, errors)
         subject = subject_of(options, path, words, errors, stack)
@@ -89,6 +90,15 @@ def run(options: argparse.Namespace, errors: Console) -> int:
     facts |= {"resamples": options.resamples}
     write_json(options.json, "component", {**facts, "components": answer})
     return 0
+
+
+def _nothing_asked(path: str | None) -> str:
+    if path is None or Path(path).exists():
+        return "Expected components, such as L3H1, after the store if there is one; got none."
+    return (
+        f"Expected a store, a folder that 'vitdecomp-lens collect' made, before the components ('STORE {path}'), or "
+        f"--model NAME; there is no folder {path!r}."
+    )
 
 
 def _read(parts: Decomposition, bank: TextBank, options: argparse.Namespace) -> tuple[Spans, LabelStability | None]:

@@ -12,13 +12,16 @@ from vitdecomp_lens.commands.interpreting.telling import add_json, add_named, ce
 from vitdecomp_lens.commands.interpreting.words import Words, add_clip
 from vitdecomp_lens.commands.models import positive
 from vitdecomp_lens.commands.showing import tables
+from vitdecomp_lens.interpret.feature_scores import Side
 from vitdecomp_lens.interpret.features import FeatureScores, score_features
 
 ABOUT = (
     "Correlation: over images, of what the component writes along the feature with what the whole model writes there. "
     "Share: of the variance along the feature, by covariance; the shares of all components sum to 100 %. p: how often "
-    "chance gives as much."
+    "chance is as far from its average, above it or below."
 )
+BESIDE: tuple[Side, ...] = ("above", "below")
+RESAMPLES = 1000
 
 
 def add_to(questions: Any) -> None:
@@ -39,8 +42,11 @@ def add_to(questions: Any) -> None:
         "--by", choices=("correlation", "covariance"), default="correlation", help="rank by (correlation)"
     )
     parser.add_argument("--top", type=positive, default=10, metavar="K", help="how many components to show (10)")
-    resamples = "resamples that intervals are from, and orders that p-values are from, at least (1000)"
-    parser.add_argument("--resamples", type=positive, default=1000, metavar="N", help=resamples)
+    resamples = (
+        f"resamples that intervals are from, and orders that p-values are from, at least ({RESAMPLES}; orders, where "
+        "that is more, 20 a component, without which a single one would not be found among all)"
+    )
+    parser.add_argument("--resamples", type=positive, metavar="N", help=resamples)
     parser.add_argument("--seed", type=int, default=0, help="of resamples and orders (0)")
     add_json(parser)
     parser.set_defaults(run=run)
@@ -57,7 +63,7 @@ def run(options: argparse.Namespace, errors: Console) -> int:
         scores = score_features(
             subject.batches(),
             features | others,
-            bootstrap=options.resamples,
+            bootstrap=options.resamples or RESAMPLES,
             permutations=options.resamples,
             seed=options.seed,
         )
@@ -68,7 +74,9 @@ def run(options: argparse.Namespace, errors: Console) -> int:
         console.print()
     answer = {name: [_told(scores, name, label) for label in ranked] for name, ranked in shown.items()}
     facts = {"space": scores.space, "images": scores.images, "by": options.by, "against": options.against}
-    write_json(options.json, "feature", {**facts, "features": answer})
+    facts |= {"resamples": scores.resamples, "orders": scores.orders}
+    beside = {f"{side}_chance": {name: scores.significant(name, side=side) for name in features} for side in BESIDE}
+    write_json(options.json, "feature", {**facts, "features": answer, **beside})
     return 0
 
 
@@ -79,8 +87,8 @@ def _ranked(scores: FeatureScores, feature: str, options: argparse.Namespace) ->
 
 
 def _table(scores: FeatureScores, feature: str, ranked: tuple[str, ...], texts: int) -> Table:
-    above = len(scores.significant(feature))
-    found = f"{above} of {len(scores)} components correlate by more than chance, 5 % of these by mistake"
+    above, below = (len(scores.significant(feature, side=side)) for side in BESIDE)
+    found = f"Of {len(scores)} components {above} correlate more than by chance, {below} less, 5 % of these by mistake"
     table = titled(f"Which components carry {feature}", f"{texts} texts, {scores.images} images. {found}. {ABOUT}")
     table.add_column("component")
     for heading in ("correlation", "interval", "p", "share", "interval"):

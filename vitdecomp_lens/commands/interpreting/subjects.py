@@ -75,7 +75,7 @@ class Subject:
         store: The store.
         words: The texts.
         aligners: Of which the one that was made for this model is taken; contributions of the CLIP that embeds the
-            texts need none.
+            texts need none. ``aligner`` is that one, or None.
         images: How many images to read, evenly spread; None for all.
 
     Raises:
@@ -84,7 +84,7 @@ class Subject:
 
     def __init__(self, store: Store, words: Words, aligners: Sequence[Aligner], images: int | None = None) -> None:
         self.store, self._space = store, words.space
-        self._aligner = _fitting(store, words, aligners)
+        self.aligner = _fitting(store, words, aligners)
         count = store.count if images is None else min(images, store.count)
         self.rows = [place * store.count // count for place in range(count)]
 
@@ -92,7 +92,7 @@ class Subject:
     def labels(self) -> tuple[str, ...]:
         """The components that there are, with the aligner's bias."""
         own = [component.label for component in self.store.components]
-        return (*own, *(["aligner.bias"] if self._aligner is not None else []))
+        return (*own, *(["aligner.bias"] if self.aligner is not None else []))
 
     def check(self, labels: Sequence[str]) -> None:
         """Refuse components that are not there.
@@ -134,7 +134,7 @@ class Subject:
         """Contributions of this model in the space of texts, which they name."""
         if parts.values.dtype in (torch.float16, torch.bfloat16):  # stored so; nothing is computed so
             parts = parts.to(torch.float32)
-        found = parts if self._aligner is None else parts.map(self._aligner)
+        found = parts if self.aligner is None else parts.map(self.aligner)
         return replace(found, metadata={**found.metadata, "space": self._space})
 
 
@@ -168,7 +168,13 @@ def subject_of(
         raise InputError("--source is for a model that is decomposed now: give --model NAME, or leave it out.")
     else:
         store = Store(path)
-    return Subject(store, words, aligners, options.images)
+    subject = Subject(store, words, aligners, options.images)
+    if aligners and subject.aligner is None:
+        raise InputError(
+            f"Expected no aligner for contributions of the CLIP that embeds the texts, which are in its space as they "
+            f"are; got {options.aligner!r}. Leave out --aligner."
+        )
+    return subject
 
 
 def _collected(options: argparse.Namespace, model: HookedViT | None, folder: Path, errors: Console) -> Store:

@@ -77,20 +77,22 @@ class Words:
         """
         known = self._banks()
         if name in known:
-            return self._embedded(known[name]())
-        return self._embedded(_texts_of(name, known))
+            return self.embedded(known[name]())
+        return self.embedded(_texts_of(name, known))
 
     def features(self, named: Sequence[str]) -> dict[str, TextBank]:
         """Features by name, or with a file of texts, as ``NAME=FILE``; all there are, if none is named.
 
         Raises:
             UnknownNameError: If there is no such feature or file.
-            InputError: If texts cannot be read or embedded, or a feature is named twice.
+            InputError: If texts cannot be read or embedded, a feature is named twice, or not at all.
         """
         known = self._features()
         found: dict[str, TextBank] = {}
         for one in named or known:
-            name, _, file = one.partition("=")
+            name, separator, file = one.partition("=")
+            if separator and not (name.strip() and file):
+                raise InputError(f"Expected NAME=FILE, a name and a file of texts, one a line; got {one!r}.")
             if name in found:
                 raise InputError(f"Expected every feature once; {name!r} is named twice.")
             if not file and name not in known:
@@ -99,8 +101,29 @@ class Words:
                     f"file of texts, one a line."
                 )
             put_into = None if file else self._templates()
-            found[name] = self._embedded(_texts_of(file, ()) if file else known[name], put_into)
+            found[name] = self.embedded(_texts_of(file, ()) if file else known[name], put_into)
         return found
+
+    def embedded(self, texts: Iterable[str], put_into: Sequence[str] | None = None) -> TextBank:
+        """Any texts.
+
+        Args:
+            texts: The texts.
+            put_into: Templates that they are put into.
+
+        Raises:
+            InputError: If they cannot be embedded.
+        """
+        with bar(self._errors, "embedding texts") as (progress, task):
+            return TextBank.from_open_clip(
+                self.clip,
+                texts,
+                templates=put_into,
+                tokenizer=self._tokenizer,
+                cache=self._cache,
+                space=self.space,
+                progress=lambda done, of: progress.update(task, completed=done / of),
+            )
 
     def _banks(self) -> Mapping[str, Callable[[], Iterable[str]]]:
         if self._of_testbed:
@@ -124,18 +147,6 @@ class Words:
 
             return of_testbed.TEMPLATES
         return templates.imagenet()
-
-    def _embedded(self, texts: Iterable[str], put_into: Sequence[str] | None = None) -> TextBank:
-        with bar(self._errors, "embedding texts") as (progress, task):
-            return TextBank.from_open_clip(
-                self.clip,
-                texts,
-                templates=put_into,
-                tokenizer=self._tokenizer,
-                cache=self._cache,
-                space=self.space,
-                progress=lambda done, of: progress.update(task, completed=done / of),
-            )
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -163,4 +174,11 @@ def _texts_of(file: str, known: Iterable[str]) -> list[str]:
         raise InputError(
             f"The texts of {file!r} cannot be read: {error}. Give a text file, one text a line."
         ) from error
-    return [line.strip() for line in lines if line.strip()]
+    found: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if (text := line.strip()) and found.setdefault(text, number) != number:
+            raise InputError(
+                f"Expected each text once; lines {found[text]} and {number} of {file!r} are both {text!r}. Leave one "
+                f"out."
+            )
+    return list(found)

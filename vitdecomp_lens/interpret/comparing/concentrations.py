@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitdecomp_lens.clip import TextBank
@@ -120,7 +120,7 @@ def concentration(
 
     Raises:
         InputError: Where there is no feature, contributions and texts are of different spaces, contributions have no
-            total, NaN or Inf, or there are fewer than two images.
+            total, NaN or Inf, there are fewer than two images, or an option is out of range.
 
     Example:
         >>> from vitdecomp_lens.testbed.planted import planted_features
@@ -132,11 +132,16 @@ def concentration(
     """
     if not features:
         raise InputError("Expected at least one feature, as {name: TextBank}; got none.")
+    if resamples < 1:
+        raise InputError(f"Expected resamples= of at least 1, since intervals are from them; got {resamples}.")
+    if not 0 < level < 1:
+        raise InputError(f"Expected level= between 0 and 1; got {level}.")
     for bank in features.values():
         refuse_parts(parts, bank)
-    values, total = parts.values.double(), total_of(parts).double()
-    weights = bootstrap_counts(values.shape[1], resamples, seed).to(values) / values.shape[1]
-    columns = [_scored(values, total, bank, weights) for bank in features.values()]
+    total, images = total_of(parts).double(), parts.values.shape[1]
+    weights = bootstrap_counts(images, resamples, seed).to(total) / images
+    still = unvarying(parts.values)
+    columns = [_scored(parts.values, total, bank, weights, still) for bank in features.values()]
     scores, samples = (torch.stack(several, -1) for several in zip(*columns, strict=True))
     low, high = interval(participation_ratio(samples.transpose(0, 1)), level=level)
     for_it, against = scores.clamp(min=0).sum(0), -scores.clamp(max=0).sum(0)
@@ -150,7 +155,7 @@ def concentration(
         opposed=against / (for_it + against),
         level=level,
         resamples=resamples,
-        images=values.shape[1],
+        images=images,
     )
 
 
@@ -159,13 +164,15 @@ def _scored(
     total: Float[Tensor, "batch d_clip"],
     bank: TextBank,
     weights: Float[Tensor, "resample batch"],
+    still: Bool[Tensor, "component"],
 ) -> tuple[Float[Tensor, "component"], Float[Tensor, "resample component"]]:
     """Covariances with the total in the subspace of some texts: over all images, and over each resample."""
-    basis = bank.subspace().to(values)
-    written, whole = values @ basis.T, total @ basis.T
+    basis = bank.subspace().to(total)
+    # A component at a time, because in double precision all of them are large.
+    written, whole = torch.stack([one.double() @ basis.T for one in values]), total @ basis.T
     # Around the mean of all images, so that each resample's own mean takes little off.
     written, whole = written - written.mean(1, keepdim=True), whole - whole.mean(0)
-    written[unvarying(values)] = 0  # or rounding of constants would be a score
+    written[still] = 0  # or rounding of constants would be a score
     products = einsum(written, whole, "component batch direction, batch direction -> batch component")
     size = max(1, DRAWN // (len(written) * len(basis)))
     drawn = [_covariances(some, products, written, whole) for some in weights.split(size)]

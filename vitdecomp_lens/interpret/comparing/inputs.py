@@ -26,10 +26,9 @@ def refuse_values(parts: Decomposition, fewest: int) -> None:
             f"Expected contributions to at least {fewest} images, because what varies over images is compared; got "
             f"{values.shape[1]}."
         )
-    finite = values.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        label = parts.labels[int((~finite).nonzero()[0])]
-        raise InputError(f"Expected finite contributions; those of {label!r} have NaN or Inf. Look at its images.")
+    for label, one in zip(parts.labels, values, strict=True):  # one by one, because they are large
+        if not bool(one.isfinite().all()):
+            raise InputError(f"Expected finite contributions; those of {label!r} have NaN or Inf. Look at its images.")
 
 
 def refuse_parts(parts: Decomposition, bank: TextBank) -> None:
@@ -72,6 +71,14 @@ def without_constants(parts: Decomposition) -> Decomposition:
 
 def unvarying(values: Float[Tensor, "component batch d_rep"]) -> Bool[Tensor, "component"]:
     """Which components write the same for all images, but for rounding."""
-    noise = max(NOISE, torch.finfo(values.dtype).eps)
-    spread = (values - values.mean(1, keepdim=True)).norm(dim=(1, 2))
-    return spread <= noise * values.norm(dim=(1, 2))
+    noise = noise_of(values.dtype)
+    found = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    for row, one in enumerate(values):  # one by one, because in double precision all of them are large
+        wide = one.double()
+        found[row] = (wide - wide.mean(0)).norm() <= noise * wide.norm()
+    return found
+
+
+def noise_of(dtype: torch.dtype) -> float:
+    """What is rounding in values of a dtype, relative to their length."""
+    return max(NOISE, torch.finfo(dtype).eps)

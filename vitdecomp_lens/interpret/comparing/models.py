@@ -11,7 +11,7 @@ from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.interpret.comparing.cka import match_by_cka
 from vitdecomp_lens.interpret.comparing.concentrations import Concentration, concentration
-from vitdecomp_lens.interpret.comparing.matches import Matching
+from vitdecomp_lens.interpret.comparing.matches import Matching, refuse_draws
 from vitdecomp_lens.interpret.comparing.profiles import match_by_texts
 from vitdecomp_lens.pictures import INSTALL, can_draw
 
@@ -127,8 +127,9 @@ def compare_models(
     by: str = "cka",
     bank: TextBank | None = None,
     resamples: int = 1000,
-    draws: int = 200,
+    draws: int | None = None,
     seed: int = 0,
+    max_bytes: int = 2**30,
 ) -> Comparison:
     """How concentrated features are in several models, and how alike the heads of each two are.
 
@@ -139,8 +140,9 @@ def compare_models(
             or by ``"texts"``.
         bank: The texts to match by.
         resamples: Of images, for the intervals of `concentration`.
-        draws: Of chance, for matches.
+        draws: Of chance, for matches; None for as many as `match_by_cka` and `match_by_texts` take by themselves.
         seed: Of both.
+        max_bytes: As for `match_by_cka`.
 
     Raises:
         InputError: Where there is no model, ``by`` is neither, or as `concentration`, `match_by_cka` and
@@ -160,6 +162,7 @@ def compare_models(
     if by not in MATCHED_BY or (by == "texts" and bank is None):
         expected = " or ".join(map(repr, MATCHED_BY))
         raise InputError(f"Expected by= as {expected}, the second with bank=, the texts to match by; got {by!r}.")
+    refuse_draws(draws, "draws")
     found = {name: concentration(parts, features, resamples=resamples, seed=seed) for name, parts in models.items()}
     heads = {name: parts.select(kind="head") for name, parts in models.items()} if len(models) > 1 else {}
     matchings = {}
@@ -167,7 +170,7 @@ def compare_models(
         if bank is not None and by == "texts":
             matching = match_by_texts(heads[one], heads[two], bank, rotations=draws, seed=seed)
         else:
-            matching = match_by_cka(heads[one], heads[two], permutations=draws, seed=seed)
+            matching = match_by_cka(heads[one], heads[two], permutations=draws, seed=seed, max_bytes=max_bytes)
         matchings[one, two] = matching
     return Comparison(found, matchings)
 

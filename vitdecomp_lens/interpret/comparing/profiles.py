@@ -12,8 +12,15 @@ from torch import Tensor
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError
-from vitdecomp_lens.interpret.comparing.inputs import NOISE, refuse_parts, total_of, unvarying, without_constants
-from vitdecomp_lens.interpret.comparing.matches import Matching, matched
+from vitdecomp_lens.interpret.comparing.inputs import (
+    NOISE,
+    noise_of,
+    refuse_parts,
+    total_of,
+    unvarying,
+    without_constants,
+)
+from vitdecomp_lens.interpret.comparing.matches import Matching, draws_for, matched, refuse_draws
 
 Profile = Literal["correlation", "variance"]
 PROFILES: tuple[str, ...] = get_args(Profile)
@@ -27,7 +34,7 @@ def match_by_texts(
     *,
     profile: str = "correlation",
     centre: bool = True,
-    rotations: int = 200,
+    rotations: int | None = None,
     seed: int = 0,
 ) -> Matching:
     """Match components of two models by what they say of the texts of one bank: the cosine of their `text_profiles`.
@@ -43,7 +50,11 @@ def match_by_texts(
         bank: The texts.
         profile: As for `text_profiles`.
         centre: As for `text_profiles`.
-        rotations: How often to draw chance.
+        rotations: How often to draw chance. None for 20 times the components of the model that has more, so that a
+            single match can be found among them; fewer where these would take more than 2**42 operations, but never
+            fewer than 200. A drawing takes 4 · texts · d_clip · (ranks of the second's components) operations: for 36
+            heads of rank 64 by 3,500 texts of 512 dimensions 1 s on a CPU core, and there are 266 of them, so that
+            three have to stand out together; for 144 heads 3 s, and there are 200.
         seed: Of the drawing.
 
     Raises:
@@ -59,8 +70,12 @@ def match_by_texts(
         True
     """
     first, second = without_constants(first), without_constants(second)
+    refuse_draws(rotations, "rotations")
     mine, others = (_Spans.of(parts, bank, profile) for parts in (first, second))
     texts = bank.directions.to(first.values.device, torch.float64)
+    if rotations is None:
+        each = (2 if others.total is None else 4) * sum(axes.numel() for axes in others.own) * len(bank)
+        rotations = draws_for(max(len(first), len(second)), each)
     said = _unit(mine.profiles(texts, centre))
     generator = torch.Generator().manual_seed(seed)
 
@@ -88,7 +103,8 @@ def text_profiles(
             over texts; without, what a component says of all texts alike counts too.
 
     Returns:
-        In double precision; 0 for a component that does not vary.
+        In double precision; 0 for a component that does not vary, and of correlations along a text where component or
+        model write nothing but rounding.
 
     Raises:
         InputError: Where contributions and texts are of different spaces, contributions have no total, NaN or Inf,
@@ -106,35 +122,43 @@ class _Spans:
         own: For each component F, where FᵀF is its covariance.
         others: For each component G, where FᵀG is its covariance with the total; empty for profiles of variance.
         total: The total's covariance; None for profiles of variance.
+        least: The variance of each component along a direction that is rounding.
+        least_of_total: The same of the total.
     """
 
     own: list[Float[Tensor, "_ d_clip"]]
     others: list[Float[Tensor, "_ d_clip"]]
     total: Float[Tensor, "d_clip d_clip"] | None
+    least: list[float]
+    least_of_total: float
 
     @classmethod
     def of(cls, parts: Decomposition, bank: TextBank, profile: str) -> "_Spans":
         if profile not in PROFILES:
             raise InputError(f"Expected profile= as one of {', '.join(map(repr, PROFILES))}; got {profile!r}.")
         refuse_parts(parts, bank)
-        images, total = parts.values.shape[1], None
+        images, total, least_of_total = parts.values.shape[1], None, 0.0
+        noise = noise_of(parts.values.dtype) / math.sqrt(images)
         if profile == "correlation":
             total = total_of(parts).double()
+            least_of_total = (noise * float(total.norm())) ** 2
             total = (total - total.mean(0)) / math.sqrt(images)
-        own, others = [], []
+        own, others, least = [], [], []
         still = unvarying(parts.values).tolist()
         for values, empty in zip(parts.values, still, strict=True):  # one by one: in double precision, all are large
-            axes, codes = _factors(values.double() / math.sqrt(images))
+            wide = values.double()
+            least.append((noise * float(wide.norm())) ** 2)
+            axes, codes = _factors(wide / math.sqrt(images))
             own.append(axes[:0] if empty else axes)
             if total is not None:
                 others.append((codes.T @ total)[:0] if empty else codes.T @ total)
-        return cls(own, others, None if total is None else total.T @ total)
+        return cls(own, others, None if total is None else total.T @ total, least, least_of_total)
 
     def profiles(self, texts: Float[Tensor, "text d_clip"], centre: bool) -> Float[Tensor, "component text"]:
         found = torch.stack([self._said(row, texts) for row in range(len(self.own))])
         if self.total is not None:
-            whole = einsum(texts @ self.total, texts, "text d_clip, text d_clip -> text").sqrt()
-            found = (found / whole).nan_to_num(0, 0, 0)  # along a text of which the model writes nothing
+            whole = einsum(texts @ self.total, texts, "text d_clip, text d_clip -> text")
+            found = torch.where(whole > self.least_of_total, found / whole.clamp(min=0).sqrt(), 0)
         return found - found.mean(1, keepdim=True) if centre else found
 
     def _said(self, row: int, texts: Float[Tensor, "text d_clip"]) -> Float[Tensor, "text"]:
@@ -144,7 +168,7 @@ class _Spans:
         if self.total is None:
             return variance
         covariance = (along * (texts @ self.others[row].T)).sum(1)
-        return (covariance / variance.sqrt()).nan_to_num(0, 0, 0)
+        return torch.where(variance > self.least[row], covariance / variance.sqrt(), 0)
 
 
 def _factors(
