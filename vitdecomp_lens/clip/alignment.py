@@ -30,6 +30,11 @@ from vitdecomp_lens.selecting import Components, as_components, summary
 __all__ = ["Aligner", "AlignmentReport", "AlignmentSource", "FitProgress"]
 
 _OF_A_MODEL = ("model", "weights", "by", "of")
+_FIT = "Fit an aligner on the same model and cut."
+_REMEDY = {
+    "weights": "Load the weights that it was fitted with, in the same precision, or fit an aligner on these; "
+    "weights_hash(model) of vitdecomp_lens.weights tells them apart."
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -138,10 +143,10 @@ class Aligner:
         method: str = "compalign",
         penalty: int | float = 1.0,
         held_out: int | float | Sequence[int] | Tensor = 0.1,
-        epochs: int = 20,
+        epochs: int = 60,
         batch_size: int | None = None,
         learning_rate: float | None = None,
-        patience: int = 3,
+        patience: int = 4,
         rank_tolerance: int | float = RANK_TOLERANCE,
         max_rank: int | None = None,
         max_bytes: int = MAX_BYTES,
@@ -256,7 +261,8 @@ class Aligner:
         """Raise where these maps were made for another model, another cut or another space.
 
         Args:
-            parts: What is to be mapped. Where it does not say of which model it is, its components have to be enough.
+            parts: What is to be mapped. Where it was made from tensors of one's own, and does not say of which model
+                it is, its components have to be enough.
             space: Where it is to be mapped to.
 
         Raises:
@@ -271,10 +277,18 @@ class Aligner:
             return
         for name in _OF_A_MODEL:
             mine, other = self.metadata.get(name), parts.metadata.get(name)
-            if mine is not None and other is not None and mine != other:
+            if mine is None or mine == other:
+                continue
+            if other is not None:
                 raise InputError(
                     f"Expected a decomposition that this aligner was made for, with {name}={mine!r}; got one with "
-                    f"{name}={other!r}. Fit an aligner on the same model and cut."
+                    f"{name}={other!r}. {_REMEDY.get(name, _FIT)}"
+                )
+            if name == "weights" and parts.metadata.get("model") is not None:  # batches of several models, say
+                raise InputError(
+                    f"Expected a decomposition that this aligner was made for, with weights={mine!r}; got one of a "
+                    f"{parts.metadata['model']} that does not say of which weights. Decompose with these, and put "
+                    f"together only what one model wrote."
                 )
         labels = {component.label for component in self.components}
         if labels != set(parts.labels) or parts.values.shape[-1] != len(self.basis):
@@ -282,7 +296,7 @@ class Aligner:
             what = f"{strange[0]!r} is in only one of them" if strange else f"it has d_rep={parts.values.shape[-1]}"
             raise InputError(
                 f"Expected a decomposition into the {len(labels)} components of d_rep={len(self.basis)} that this "
-                f"aligner was made for; {what}. Fit an aligner on the same model and cut."
+                f"aligner was made for; {what}. {_FIT}"
             )
 
     # ---- on disk

@@ -26,8 +26,8 @@ from vitdecomp_lens.clip.starting import starts
 from vitdecomp_lens.errors import InputError, near_matches
 
 MAX_BYTES = 2 << 30
-_ENOUGH = 1e-3  # a smaller relative gain is none
-_LOWER = 0.3  # times the rate, after an epoch that gained nothing
+_ENOUGH = 2e-4  # a smaller relative gain is none
+_LOWER = 0.5  # times the rate, after an epoch that gained nothing
 _LEAST = {"seed": -(2**63), "epochs": 0, "batch_size": 1, "patience": 1, "max_rank": 1, "max_bytes": 1}
 
 
@@ -42,10 +42,10 @@ class FitOptions:
     method: str = "compalign"
     penalty: int | float = 1.0
     seed: int = 0
-    epochs: int = 20
+    epochs: int = 60
     batch_size: int | None = None
     learning_rate: float | None = None
-    patience: int = 3
+    patience: int = 4
     rank_tolerance: int | float = RANK_TOLERANCE
     max_rank: int | None = None
     max_bytes: int = MAX_BYTES

@@ -60,6 +60,12 @@ class AlignmentReport:
         """The mean over images of 1 − cosine."""
         return float(self.distances.mean())
 
+    @property
+    def mean_isometry(self) -> float:
+        """The mean of ``isometry`` over the components that write anything."""
+        fitted = [float(one) for one, rank in zip(self.isometry, self.ranks, strict=True) if rank]
+        return sum(fitted) / len(fitted) if fitted else 0.0
+
     def packed(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What JSON holds of it, and its tensors."""
         entries = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -78,7 +84,7 @@ class AlignmentReport:
         matched += "" if self.match_by_chance is None else f", by chance {self.match_by_chance:.3f}"
         return (
             f"AlignmentReport({len(self.distances)} images: cosine distance {self.cosine_distance:.4g}; "
-            f"{len(self.labels)} components: isometry residual {float(self.isometry.mean()):.2g} on average; order of "
+            f"{len(self.labels)} components: isometry residual {self.mean_isometry:.2g} on average; order of "
             f"norms changed in {self.within:.2%} of pairs of images, {self.across:.2%} of pairs of components{matched})"
         )
 
@@ -155,22 +161,25 @@ class Tally:
         )
 
     def _isometry(self, components: int) -> tuple[float, Tensor, list[int]]:
-        grams: dict[int, Tensor] = {}
-        for row in range(len(self.layout.ranks)):
-            maps = self.weights[self._columns(row)].double()
-            if len(maps):
-                grams[row] = small_gram(maps[None])[0]
-        traces = sum(float(gram.trace()) / len(gram) for gram in grams.values())
-        squares = sum(float(gram.square().sum()) / len(gram) for gram in grams.values())
-        scale = squares / traces if traces else 1.0
-        found = torch.zeros(len(self.layout.ranks), dtype=torch.float64)
-        for row, gram in grams.items():
-            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            found[row] = float((gram / (scale or 1.0) - identity).norm()) / len(gram) ** 0.5
+        scale, found = isometry_residuals([self.weights[columns] for columns in self.layout.slices])
         wide = [row for row, rank in enumerate(self.layout.ranks) if rank > self.weights.shape[1]]
         if len(found) == components:
             return scale, found, wide
         return scale, found.expand(components).clone(), list(range(components)) if wide else []
+
+
+def isometry_residuals(maps: Sequence[Float[Tensor, "_r d_clip"]]) -> tuple[float, Float[Tensor, "map"]]:
+    """One scale k for all maps, and ‖WWᵀ/k − I‖ / ‖I‖ for each: WᵀW where a map has more rows than columns.
+
+    A map of no rows has a residual of 0. k is the one of least squared residuals.
+    """
+    grams = [small_gram(one.double()[None])[0] for one in maps]
+    sizes = [max(1, len(gram)) for gram in grams]
+    traces = sum(float(gram.trace()) / size for gram, size in zip(grams, sizes, strict=True))
+    squares = sum(float(gram.square().sum()) / size for gram, size in zip(grams, sizes, strict=True))
+    scale = squares / traces if traces else 1.0
+    found = [float((gram / (scale or 1.0) - torch.eye(len(gram)).to(gram)).norm()) for gram in grams]
+    return scale, torch.tensor(found, dtype=torch.float64) / torch.tensor(sizes, dtype=torch.float64).sqrt()
 
 
 def _shares(norms: Float[Tensor, "component batch"], sums: Float[Tensor, "component width"]) -> Tensor:

@@ -15,16 +15,17 @@ from shutil import copy
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitdecomp_lens.clip.alignment import Aligner
+from vitdecomp_lens.clip.moments import Layout
 from vitdecomp_lens.clip.objective import METHODS
+from vitdecomp_lens.clip.reports import isometry_residuals
 from vitdecomp_lens.testbed.aligners import ALIGNED, Collected, collected, match_of, ship_aligner, split_sizes
 from vitdecomp_lens.testbed.shipped import MANIFEST, WEIGHTS, load_original
 
 MEASURES = ("cosine distance", "match rate", "isometry residual")
 ORDER = ("compalign", "unconstrained", "shared")  # the paper's, by match rate
-SPARE = 4 / 3  # scenes are drawn so many times as often as a fit takes, so that seeds see different ones
 
 Numbers = dict[str, list[float]]  # of each measure, one for each seed
 
@@ -41,29 +42,41 @@ def compared(
 ) -> dict[str, Numbers]:
     """Every method's measures on scenes that had no part in a fit, for each seed.
 
+    How far maps are from isometries is measured on the components' own spans, as the first of the methods has found
+    them, for all methods alike: one shared map has a span of its own, which is the sum's.
+
     Args:
         model: Without hooks.
         clip: Whole.
-        fitted: What fits draw their scenes from.
+        fitted: What fits take their scenes from, each its own where there are enough for all.
         others: What they are measured on.
         methods: Which.
-        seeds: Each draws the scenes of a fit, those held out of them, and their order.
+        seeds: Each draws the scenes held out of a fit, and the order of the others.
         scenes: How many a fit takes.
     """
     found: dict[str, Numbers] = {method: {} for method in methods}
-    for seed in seeds:
-        order = torch.randperm(len(fitted.targets), generator=torch.Generator().manual_seed(seed))
-        drawn = fitted.images(order[:scenes])
+    shuffled = torch.randperm(len(fitted.targets), generator=torch.Generator().manual_seed(0))
+    for place, seed in enumerate(seeds):
+        drawn = fitted.images(shuffled.roll(-place * scenes)[:scenes])
+        spans: list[Tensor] = []
         for method in methods:
             aligner = Aligner.fit(drawn.parts, drawn.targets, method=method, space=drawn.space, seed=seed)
+            spans = spans or [aligner.basis[:, columns] for columns in Layout(aligner.ranks).slices]
             report = aligner.report(others.parts, others.targets)
             rate = match_of(model, clip, aligner, others.parts)
-            numbers = {"cosine distance": report.cosine_distance, "isometry residual": float(report.isometry.mean())}
+            numbers = {"cosine distance": report.cosine_distance, "isometry residual": _isometry(aligner, spans)}
             if rate is not None:
                 numbers |= {"match rate": rate.mean, "by chance": rate.mean_chance}
-            for name, number in numbers.items():
-                found[method].setdefault(name, []).append(number)
+            for name, figure in numbers.items():
+                found[method].setdefault(name, []).append(figure)
     return found
+
+
+def _isometry(aligner: Aligner, spans: Sequence[Tensor]) -> float:
+    """How far the maps are from isometries of the spans, on average over those that have a dimension."""
+    maps = [basis.T @ whole for basis, whole in zip(spans, aligner.maps, strict=True)]
+    residuals = isometry_residuals(maps)[1]
+    return float(residuals[[row for row, one in enumerate(maps) if len(one)]].mean())
 
 
 def table(found: Mapping[str, Mapping[str, Numbers]]) -> str:
@@ -136,7 +149,7 @@ def _compare(options: argparse.Namespace) -> None:
     clip = load_original("clip")
     for name in options.names:
         model = load_original(name)
-        fitted = collected(model, clip, split_sizes(round(SPARE * options.scenes)))
+        fitted = collected(model, clip, split_sizes(len(options.seeds) * options.scenes))
         others = collected(model, clip, {"test": options.tested})
         found[name] = compared(model, clip, fitted, others, seeds=options.seeds, scenes=options.scenes)
         sys.stderr.write(f"{name} is done\n")

@@ -167,6 +167,6 @@ def ship_aligner(name: str, *, scenes: int, tested: int, seed: int = 0, folder: 
 def _measured(aligner: Aligner) -> dict[str, float]:
     report = aligner.fit_report
     assert report is not None
-    numbers = {"cosine distance": report.cosine_distance, "isometry residual": float(report.isometry.mean())}
+    numbers = {"cosine distance": report.cosine_distance, "isometry residual": report.mean_isometry}
     more = {"match rate": report.match_rate, "match rate by chance": report.match_by_chance}
     return {name: round(number, 4) for name, number in (numbers | more).items() if number is not None}

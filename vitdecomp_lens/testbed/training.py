@@ -54,7 +54,7 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "clip": Recipe(6000, misled=400),
-    "deit": Recipe(5000, batch=128),
+    "deit": Recipe(4200, batch=128),
     "dino": Recipe(6800, batch=128),
     "reg": Recipe(6000, batch=128),
     "swin": Recipe(6500, batch=128),
