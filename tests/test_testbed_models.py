@@ -27,7 +27,7 @@ BARS = {
 
 
 # What is still below its bar, as docs/testbed.md says.
-BELOW = {("dino", "shape"), ("all", "gaps of groups")}
+BELOW = {("dino", "shape")}
 
 
 def measured(name):
@@ -47,7 +47,7 @@ def test_models_are_as_good_as_they_must_be_and_as_the_manifest_says(name):
 
 def test_there_is_something_to_repair():
     gaps = {name: measured(name)["average of groups"] - measured(name)["worst group"] for name in BUILDERS}
-    assert (sum(gap >= 0.20 for gap in gaps.values()) >= 3) != (("all", "gaps of groups") in BELOW), gaps
+    assert sum(gap >= 0.20 for gap in gaps.values()) >= 3, gaps
     assert measured("clip")["shape"] - measured("clip")["shape, typographic"] >= 0.20
 
 
@@ -112,6 +112,7 @@ def test_what_is_shipped_is_loaded(tmp_path, monkeypatch):
     model = testbed.load_original("maxvit")
     shipped.ship("maxvit", model, recipe=RECIPES["maxvit"], seed=3, scenes=7, folder=tmp_path)
     shipped.record("maxvit", {"measured": {"shape": 1.0}}, folder=tmp_path)
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / shipped.MANIFEST).stat().st_mode}
     monkeypatch.setattr(shipped, "WEIGHTS", tmp_path)
     assert shipped.manifest()["maxvit"]["measured"] == {"shape": 1.0}
     again = testbed.load_original("maxvit")
