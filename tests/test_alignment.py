@@ -656,8 +656,11 @@ def test_another_model_cut_or_space_is_refused(tmp_path):
     said = {"model": "deit", "weights": "1f", "by": "head", "of": "representation"}
     parts = replace(truth.parts, metadata=said)
     Aligner.fit(parts, truth.targets, space="clip-a").save(tmp_path / "aligner")
+    # Of somebody's tensors nothing is known; a decomposition that knows its model has to know its weights.
+    assert Aligner.load(tmp_path / "aligner", for_=replace(parts, metadata={})).metadata["weights"] == "1f"
     unsaid = {name: value for name, value in said.items() if name != "weights"}
-    assert Aligner.load(tmp_path / "aligner", for_=replace(parts, metadata=unsaid)).metadata["weights"] == "1f"
+    with pytest.raises(InputError, match="weights='1f'; got one of a deit that does not say of which weights"):
+        Aligner.load(tmp_path / "aligner", for_=replace(parts, metadata=unsaid))
     for name, other in (("model", "dino"), ("weights", "2e"), ("by", "layer"), ("of", "logits")):
         with pytest.raises(InputError, match=f"{name}='{said[name]}'.*{name}='{other}'"):
             Aligner.load(tmp_path / "aligner", for_=replace(parts, metadata=said | {name: other}))

@@ -32,13 +32,13 @@ from vitdecomp_lens.clip.sources import AlignmentSource
 from vitdecomp_lens.clip.text_embedding import space_of
 from vitdecomp_lens.collect import Gather, ImageSource, Store, collect, images_from
 from vitdecomp_lens.collecting.gathered import Gathered
-from vitdecomp_lens.collecting.models import weights_hash
 from vitdecomp_lens.collecting.pictures import Preprocessor, content_hash
 from vitdecomp_lens.collecting.reading import Reader
 from vitdecomp_lens.collecting.sources import IN_A_ROW, spread
 from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError
 from vitdecomp_lens.testbed.models import build, normalised
 from vitdecomp_lens.testbed.scenes import Scenes
+from vitdecomp_lens.weights import weights_hash
 
 BATCH = 8
 PREPROCESS = {"input_size": (3, 48, 48), "mean": (0.5,) * 3, "std": (0.25,) * 3, "crop_pct": 1.0}
@@ -258,7 +258,10 @@ def test_damaged_statistics_are_named_and_can_be_gathered_again(model, tmp_path,
     collect(model, Scenes("test", size=6), tmp_path / "store", **options)
     before, path = contents(tmp_path / "store"), tmp_path / "store" / "gathered-0000.safetensors"
     damage(path)
-    with pytest.raises(StoreError, match=r"gathered-0000\.safetensors(.|\n)*Delete it; resume gathers again"):
+    message = (
+        r"gathered-0000\.safetensors(.|\n)*cannot be used\. (?!.*\.save)(.|\n)*Delete it; collecting again with resume"
+    )
+    with pytest.raises(StoreError, match=message):
         collect(model, Scenes("test", size=6), tmp_path / "store", **options)
     path.unlink()
     collect(model, Scenes("test", size=6), tmp_path / "store", **options)
@@ -312,7 +315,6 @@ def test_a_full_disk_leaves_a_store_that_can_be_resumed(model, tmp_path, chunks,
         ({"source": Scenes("test", seed=1, size=6)}, "asked.images is 'scenes test:0'"),
         ({"source": Scenes("test", size=7)}, "asked.count is 6"),
         ({"keep": ["contributions"]}, "asked.keep"),
-        ({"unreadable": "skip"}, "asked.unreadable"),
         ({"gather": Gather(top=1)}, "asked.gather"),
         ({"preprocess": lambda pictures: torch.zeros(len(pictures), 3, 48, 48)}, "asked.preprocess"),
     ],
@@ -418,13 +420,53 @@ def test_an_unreadable_image_stops_or_is_skipped_and_listed(model, photographs, 
     store = collect(model, photographs, tmp_path / "skipped", batch_size=4, unreadable="skip")
     ((name, reason),) = store.skipped
     assert name == "cats/deep/05.png"
-    assert "cannot be read" in reason
+    assert "image file" in reason
+    assert "Leave it out" not in reason  # it was left out
     assert store.count == 10
     assert name not in store.ids
     broken.unlink()
     rest = collect(model, photographs, tmp_path / "without", batch_size=11)
     assert rest.ids == store.ids
     torch.testing.assert_close(rest.decomposition().values, store.decomposition().values, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_done_before_an_unreadable_image_stopped_a_run_is_kept_where_it_is_then_skipped(
+    model, photographs, tmp_path
+):
+    options = {"batch_size": 2, "by": "layer", "gather": Gather(top=1)}
+    (photographs / "dogs" / "deep" / "00.jpg").write_bytes(b"no picture")
+    undisturbed = collect(model, photographs, tmp_path / "undisturbed", unreadable="skip", **options)
+    with pytest.raises(InputError, match=r'resume=True.*--resume.*unreadable="skip" \(--unreadable skip\)'):
+        collect(model, photographs, tmp_path / "store", **options)
+    before = contents(tmp_path / "store")
+    assert len([name for name in before if name.startswith("chunk")]) == 3
+    store = collect(model, photographs, tmp_path / "store", unreadable="skip", resume=True, **options)
+    assert [name for name, _ in store.skipped] == ["dogs/deep/00.jpg"]
+    assert contents(store.path) == contents(undisturbed.path)
+    # What was skipped stays so: nothing is read again.
+    collect(model, photographs, store.path, resume=True, **options)
+    assert contents(store.path) == contents(undisturbed.path)
+
+
+def test_new_files_are_as_readable_as_others(model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        store = collect(model, Scenes("test", size=3), tmp_path / "store", batch_size=2, gather=Gather(top=1))
+        (tmp_path / "store" / "other").touch()
+    finally:
+        os.umask(before)
+    assert store.count == 3
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "store").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("empty", [Scenes("test", size=0), [], "its own"])
+def test_no_images_are_refused_before_anything_is_made(model, tmp_path, empty):
+    if empty == "its own":
+        empty = images_from(Scenes("test", size=1))
+        empty.count = 0
+    with pytest.raises(InputError, match=r"^Expected at least one image; the"):
+        collect(model, empty, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_chunk_without_a_readable_image_is_none_the_less_done(model, photographs, tmp_path):

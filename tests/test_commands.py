@@ -1,9 +1,11 @@
 """The commands that work over data sets."""
 
+import argparse
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tiny_models import perturb
 
 from vitdecomp_lens import HookedViT, testbed, weights
 from vitdecomp_lens.cli import main
-from vitdecomp_lens.clip.alignment import Aligner
+from vitdecomp_lens.clip.alignment import Aligner, AlignmentReport
 from vitdecomp_lens.collect import collect as collect_into
 from vitdecomp_lens.commands import align
 from vitdecomp_lens.commands.showing import Pace
@@ -82,8 +84,17 @@ def test_a_folder_with_an_unreadable_image(models, tmp_path, capsys):
     (tmp_path / "images" / "1.png").write_bytes(b"no picture")
     command = ["collect", str(tmp_path / "images"), "--model", "testbed/deit", "--out", str(tmp_path / "store")]
     assert main(command) == 2
-    assert "'1.png' cannot be read" in capsys.readouterr().err
-    assert main([*command, "--unreadable", "skip"]) == 2  # the unfinished store is of another request
+    said = " ".join(capsys.readouterr().err.split())
+    assert "'1.png' cannot be read" in said
+    assert "(--unreadable skip)" in said
+    assert "(--resume on the command line)" in said
+    assert "Leave it out" not in said
+    before = contents(tmp_path / "store")
+    assert main([*command, "--unreadable", "skip"]) == 2
+    assert "(--resume on the command line)" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--unreadable", "skip", "--resume"]) == 0
+    assert "Skipped 1.png: " in capsys.readouterr().err
+    assert contents(tmp_path / "store").items() > before.items()  # nothing was made anew
     command[-1] = str(tmp_path / "another")
     assert main([*command, "--unreadable", "skip", "--by", "layer", "--keep", "representations"]) == 0
     said = capsys.readouterr().err
@@ -96,6 +107,9 @@ def test_a_folder_with_an_unreadable_image(models, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["testbed:train", "--model", "testbed/deit"], "testbed:SPLIT:SIZE"),
+        (["testbed:train:5:x", "--model", "testbed/deit"], "testbed:SPLIT:SIZE:SEED, whole numbers"),
+        (["testbed:train:5:" + "9" * 20, "--model", "testbed/deit"], "testbed:SPLIT:SIZE:SEED, whole numbers"),
+        (["testbed:test:0", "--model", "testbed/deit"], "at least one image; the Scenes is empty"),
         (["testbed:trian:5", "--model", "testbed/deit"], "did you mean 'train'"),
         (["nowhere", "--model", "testbed/deit"], "Expected a folder of images"),
         (["testbed:test:5", "--model", "ViT-B-16"], "add --open-clip"),
@@ -142,6 +156,90 @@ def test_a_fit_that_was_ended_goes_on(tmp_path, capsys, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"store", "undisturbed", "aligner"}
     one, two = (Aligner.load(path) for path in (out, tmp_path / "undisturbed"))
     assert torch.equal(one.weights, two.weights)
+
+
+def test_scenes_of_another_seed_are_others_than_models_were_trained_on(models, tmp_path):
+    out = ["--model", "testbed/deit", "--by", "layer", "--out"]
+    for name, source in (("default", "testbed:train:3"), ("zero", "testbed:train:3:0"), ("other", "testbed:train:3:7")):
+        assert main(["collect", source, *out, str(tmp_path / name)]) == 0
+    stores = {path.name: Store.open(path) for path in tmp_path.iterdir()}
+    assert stores["default"].ids == stores["zero"].ids == ("train:0:0", "train:0:1", "train:0:2")
+    assert stores["other"].ids == tuple(f"train:7:{number}" for number in range(3))
+    assert torch.equal(stores["default"].decomposition().values, stores["zero"].decomposition().values)
+    assert not torch.equal(stores["default"].decomposition().values, stores["other"].decomposition().values)
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    path = tmp_path_factory.mktemp("aligned") / "store"
+    clip = perturb(build("clip")).requires_grad_(False)
+    return collect_into(tiny(), Scenes("test", size=40), path, clip=clip, by="layer", batch_size=8)
+
+
+def test_a_fit_takes_its_options_from_the_command_line(collected, tmp_path):
+    fit = ["align", str(collected.path), "--epochs", "2", "--out"]
+    assert main([*fit, str(tmp_path / "plain"), "--device", "cpu"]) == 0
+    asked = ["--penalty", "0.25", "--max-bytes", "4000", "--batch-size", "9"]
+    assert main([*fit, str(tmp_path / "asked"), *asked]) == 0
+    plain, other = (Aligner.load(tmp_path / name, space=collected.space) for name in ("plain", "asked"))
+    names = ("penalty", "max_bytes", "batch_size")
+    assert [plain.metadata["alignment"][name] for name in names] == [1.0, 2 << 30, None]
+    assert [other.metadata["alignment"][name] for name in names] == [0.25, 4000, 9]
+    expected = Aligner.fit_stream(collected, epochs=2)
+    assert torch.equal(plain.weights, expected.weights)
+    assert not torch.equal(plain.weights, other.weights)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [(["--device", "cuda:77"], "is none"), (["--penalty", "nan"], "Expected penalty=")]
+)
+def test_options_that_cannot_be_are_refused_by_align(collected, tmp_path, capsys, option, message):
+    assert main(["align", str(collected.path), "--out", str(tmp_path / "aligner"), *option]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_there_is_no_terminal_a_fit_says_when_it_begins_and_ends(collected, tmp_path, capsys):
+    assert main(["align", str(collected.path), "--epochs", "1", "--out", str(tmp_path / "aligner")]) == 0
+    first, warning, last = capsys.readouterr().err.splitlines()
+    assert first == f"Reading 40 images of {collected.path}."
+    assert warning.startswith("Warning: Only 4 images were held out: what the report says is mostly chance.")
+    assert re.fullmatch(rf"Written to {re.escape(str(tmp_path / 'aligner'))}: fitted in [\d.]+ s\.", last)
+
+
+def test_on_a_terminal_a_fit_shows_how_far_the_store_is_read_and_then_its_epochs(collected, tmp_path, monkeypatch):
+    console, seen = Console(force_terminal=True, width=100, record=True), []
+
+    class Watched(align._Shown):
+        def read(self, images):
+            super().read(images)
+            seen.append((self._bar.live.is_started, self._bar.tasks[0].completed))
+
+        def fitting(self, state):
+            super().fitting(state)
+            seen.append((self._bar.live.is_started, self._pace._bar.tasks[0].description))
+
+    monkeypatch.setattr(align, "_Shown", Watched)
+    options = argparse.ArgumentParser()
+    align.add_to(options.add_subparsers())
+    asked = ["align", str(collected.path), "--epochs", "2", "--out", str(tmp_path / "aligner")]
+    assert align.run(options.parse_args(asked), console) == 0
+    started = [entry for entry in seen if entry[0]]
+    assert started[:2] == [(True, 0.2), (True, 0.4)]  # the first two of five chunks
+    assert (True, 1.0) in started
+    assert seen[len(started)][1].startswith("0 of 2 epochs")
+    assert not any(entry[0] for entry in seen[len(started) :])  # the bar of reading is gone
+    assert any(str(entry[1]).startswith("2 of 2 epochs") for entry in seen)
+
+
+def test_many_images_held_out_need_no_warning(capsys):
+    one = torch.ones(1)
+    report = AlignmentReport(("a",), (1,), torch.zeros(30), 1.0, one, (), one, one, one, 0.0, 0.0)
+    aligner = Aligner(("mlp.0",), (1,), torch.eye(1), torch.eye(1), torch.zeros(1), fit_report=report)
+    align._warn_of_few(aligner, Console(stderr=True))
+    assert capsys.readouterr().err == ""
+    align._warn_of_few(replace(aligner, fit_report=replace(report, distances=torch.zeros(1))), Console(stderr=True))
+    assert "Only 1 image was held out" in capsys.readouterr().err
 
 
 @pytest.mark.sweep

@@ -240,3 +240,16 @@ def test_a_newer_version_is_named(path):
         f"Expected a stored Decomposition of version 1 or older at {path}; it has version 2. "
         f"Read it with a newer vitdecomp_lens."
     )
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_may_be_read_by_whoever_may_read_other_new_files(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        sample().save(tmp_path / "parts")
+        (tmp_path / "other").touch()
+        sample(seed=1).save(tmp_path / "parts")  # written over
+    finally:
+        os.umask(before)
+    assert (tmp_path / "parts").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "parts"]

@@ -95,8 +95,10 @@ def test_a_truncated_chunk_is_named(folder):
     break_off(folder / "chunk-000002.safetensors")
     store = Store.open(folder)
     for read in (store.decomposition, store.embeddings, lambda: store.ids, lambda: list(store.chunks())):
-        with pytest.raises(StoreError, match=r"chunk-000002\.safetensors.*resume"):
+        with pytest.raises(StoreError, match=r"chunk-000002\.safetensors.*resume=True \(--resume on") as caught:
             read()
+        assert ".save(path)" not in str(caught.value)
+        assert str(caught.value).count("Delete it") == 1
     assert store.decomposition(slice(8)).values.shape[1] == 8
     (problem,) = store.verify()
     assert "chunk-000002.safetensors" in problem

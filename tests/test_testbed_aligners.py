@@ -10,8 +10,8 @@ import torch
 from labelled_samples import as_users_run_it
 from tiny_models import perturb
 
-from vitdecomp_lens import testbed
-from vitdecomp_lens.class_match import class_vectors
+from vitdecomp_lens import Decomposition, HookedViT, attribute, attribute_tokens, decompose, testbed
+from vitdecomp_lens.class_match import class_match, class_vectors
 from vitdecomp_lens.clip.alignment import Aligner
 from vitdecomp_lens.clip.text_embedding import space_of
 from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError
@@ -69,6 +69,7 @@ def test_shipped_aligners_are_not_large():
 def test_what_is_shipped_is_what_was_fitted(folder):
     entry = json.loads((folder / MANIFEST).read_text())["deit"]
     assert entry["sha256"] == manifest()["deit"]["sha256"]
+    assert (folder / entry["aligner"]["file"]).stat().st_mode == (folder / MANIFEST).stat().st_mode
     assert entry["aligner"]["weights"] == {name: manifest()[name]["sha256"] for name in ("deit", "clip")}
     assert entry["aligner"]["scenes"] == {"train": 80, "validation": 40}
     found = aligners.aligner("deit", folder=folder)
@@ -122,6 +123,56 @@ def test_the_command_fits_without_writing_into_the_package(monkeypatch, capsys):
     assert "no model 'clip' to align; there are deit, dino" in capsys.readouterr().err
 
 
+def images_of(seed=5):
+    return testbed.normalised(testbed.Scenes("test", seed=seed, size=4).images(range(4)))
+
+
+@as_users_run_it()
+@pytest.mark.parametrize("kind", ["another training", "random weights", "weights that changed"])
+def test_an_aligner_of_other_weights_of_the_same_kind_is_refused_wherever_it_is_used(kind, tmp_path):
+    model, images = testbed.load("deit"), images_of()
+    name = "dino" if kind == "another training" else "deit"
+    aligner, own = aligners.aligner(name), decompose(model, images)
+    if kind == "random weights":
+        model = HookedViT(build("deit", seed=1).eval())
+    if kind == "weights that changed":
+        with torch.no_grad():
+            model.original.blocks[0].mlp.fc1.weight[0, 0] += 1
+    parts, bank = decompose(model, images), aligners.class_names(load_original("clip"))
+    assert aligner.components == parts.components  # nothing but the weights tells them apart
+    assert len(aligner.basis) == parts.values.shape[-1]
+    aligner.save(tmp_path / "aligner")
+    uses = [
+        lambda: parts.map(aligner),
+        lambda: aligner.report(parts, torch.ones(4, 64)),
+        lambda: Aligner.load(tmp_path / "aligner", for_=parts),
+        lambda: attribute(model, images, bank.directions, through=aligner),
+        lambda: attribute_tokens(model, images, bank.directions, through=aligner),
+        lambda: class_match(parts, aligner, torch.ones(len(bank), 64), bank),
+    ]
+    for use in uses:
+        with pytest.raises(InputError, match=f"weights='{aligner.metadata['weights']}'; got one with weights='"):
+            use()
+    if name == "deit":
+        assert own.map(aligner).complete
+
+
+def test_what_batches_of_two_models_were_put_together_from_is_refused():
+    images, other = images_of(), HookedViT(build("deit", seed=1).eval())
+    both = Decomposition.cat([decompose(testbed.load("deit"), images), decompose(other, images)])
+    with pytest.raises(InputError, match="does not say of which weights"):
+        both.map(aligners.aligner("deit"))
+
+
+def test_contributions_of_unknown_origin_are_known_by_their_components():
+    parts = decompose(testbed.load("deit"), images_of())
+    bare = Decomposition(parts.values, parts.components, parts.total)
+    aligner = aligners.aligner("deit")
+    assert torch.equal(bare.map(aligner).values, parts.map(aligner).values)
+    with pytest.raises(InputError, match="is in only one"):
+        Decomposition(parts.values[1:], parts.components[1:]).map(aligner)
+
+
 # ---- what is fitted
 
 
@@ -144,15 +195,15 @@ def test_what_is_collected_is_what_the_models_say(untrained):
 def test_methods_are_compared_on_the_same_scenes(untrained):
     model, clip, fitted, others = untrained
     methods = ("compalign", "orthogonal", "shared")
-    found = align.compared(model, clip, fitted, others, methods=methods, seeds=(0, 1), scenes=150)
+    found = align.compared(model, clip, fitted, others, methods=methods, seeds=(0, 1), scenes=90)
     assert set(found) == set(methods)
     for numbers in found.values():
         assert set(numbers) == {"cosine distance", "isometry residual", "match rate", "by chance"}
         assert all(len(column) == 2 for column in numbers.values())
         assert numbers["cosine distance"][0] != numbers["cosine distance"][1]
     assert max(found["orthogonal"]["isometry residual"]) < 1e-5
-    order = torch.randperm(180, generator=torch.Generator().manual_seed(1))[:150]
-    drawn = fitted.images(order)
+    order = torch.randperm(180, generator=torch.Generator().manual_seed(0))
+    drawn = fitted.images(order[90:])  # the second fit has scenes of its own
     aligner = Aligner.fit(drawn.parts, drawn.targets, method="shared", space=drawn.space, seed=1)
     assert aligner.report(others.parts, others.targets).cosine_distance == pytest.approx(
         found["shared"]["cosine distance"][1]

@@ -143,10 +143,12 @@ def test_half_precision_runs_in_half_and_gives_float32():
 def test_what_was_made_how_is_remembered():
     clip = clip_of_the_testbed()
     found = TextBank.from_open_clip(clip, TEXTS, templates="a picture of {}", tokenizer=tokenize)
-    assert found.made == {"templates": ["a picture of {}"]}
+    assert found.made["templates"] == ["a picture of {}"]
+    assert found.made["model"] == "CLIP"
+    assert "length 1" in found.made["normalisation"]
     assert found.space == space_of(clip)
     named = TextBank.from_open_clip(clip, TEXTS, tokenizer=tokenize, space="mine")
-    assert (named.space, named.made) == ("mine", {"templates": ["{}"]})
+    assert (named.space, named.made["templates"], named.made["model"]) == ("mine", ["{}"], "CLIP")
     assert "space='mine': templates=1)" in repr(named)
     assert "centred" in repr(named.centred())
 
@@ -492,7 +494,7 @@ def test_bad_texts_and_directions_are_refused(what):
 
 BAD_REQUESTS = {
     "none": ([], {}, "at least one text; got none"),
-    "twice": (["a red star"] * 2, {}, "'a red star' is carried more than once"),
+    "twice": (["a red star"] * 2, {}, "'a red star' is carried more than once. Give each text once"),
     "same tokens": (["a red star", "a RED star"], {}, "'a red star' and 'a RED star' have the same tokens"),
     "no template": (TEXTS, {"templates": ()}, "at least one template, or templates=None"),
     "template": (TEXTS, {"templates": ("a picture",)}, r"one \{\}, where the text goes, .* got 'a picture'"),
@@ -512,9 +514,9 @@ def test_bad_requests_are_refused(what):
 
 
 def test_unknown_words_are_refused():
-    with pytest.raises(UnknownNameError, match="does not know the word 'cat'"):
+    with pytest.raises(UnknownNameError, match=r"does not know the word 'cat'; .*[.?] It knows: [^.?]*\.$"):
         TextBank.from_open_clip(clip_of_the_testbed(), ["a cat"], tokenizer=tokenize)
-    with pytest.raises(UnknownNameError, match="does not know the word 'photo'"):
+    with pytest.raises(UnknownNameError, match=r"does not know the word 'photo'; .*[.?] It knows: [^.?]*\.$"):
         TextBank.from_open_clip(clip_of_the_testbed(), TEXTS, templates=("{}", "a photo of {}"), tokenizer=tokenize)
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from vitdecomp_lens import storage
-from vitdecomp_lens.collecting.files import MANIFEST, StoreFiles, read_json, write_json
+from vitdecomp_lens.collecting.files import MANIFEST, RESUME, StoreFiles, read_json, write_json
 from vitdecomp_lens.collecting.gathered import Gather, Gathered, Part
 from vitdecomp_lens.collecting.images import ImageSource, images_from
-from vitdecomp_lens.collecting.models import Eye, preprocess_of, weights_hash
+from vitdecomp_lens.collecting.models import Eye, preprocess_of
 from vitdecomp_lens.collecting.pictures import Preprocess, Preprocessor
 from vitdecomp_lens.collecting.processes import Processes
 from vitdecomp_lens.collecting.reading import Reader
@@ -28,6 +28,7 @@ from vitdecomp_lens.decompose import decompose
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError, StoreError
 from vitdecomp_lens.store import Store
+from vitdecomp_lens.weights import weights_hash
 
 __all__ = ["Gather", "ImageSource", "Store", "collect", "images_from"]
 
@@ -77,7 +78,8 @@ def collect(
         batch_size: How many images are a batch, and a chunk.
         gather: Statistics to gather in the same pass, of contributions before they are rounded.
         unreadable: Whether an image that cannot be read stops everything, or is skipped and listed.
-        resume: Go on with the store that is there. It has to be of the same request.
+        resume: Go on with the store that is there. It has to be of the same request; only ``unreadable`` may be
+            another, and counts for what is read from here on.
         preprocess: From a list of PIL images to a batch, for a model that has no ``preprocess`` of its own.
         readers: How many images are opened at once; by default one for each processor, eight at most.
         progress: Called after every chunk of this process with the number of images done, of all of its images (None if
@@ -116,7 +118,6 @@ def collect(
         "keep": _kept(keep, eye, gather),
         "dtype": str(dtype).removeprefix("torch."),
         "batch_size": batch_size,
-        "unreadable": unreadable,
         "gather": None if gather is None else gather.as_json(),
     }
     processes = Processes(cut.values.device)  # before the manifest, because it may change the number of threads
@@ -244,7 +245,7 @@ def _make(files: StoreFiles, resume: bool) -> None:
             f"Expected a folder for the store at {str(folder)!r}: {error}. Choose another place."
         ) from error
     if manifest.is_file() and not resume:
-        raise StoreError(f"There is a store at {str(folder)!r}. Pass resume to go on with it, or choose another place.")
+        raise StoreError(f"There is a store at {str(folder)!r}. Go on with it with {RESUME}, or choose another place.")
     if manifest.is_file():
         return
     if others is not None:

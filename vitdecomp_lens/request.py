@@ -28,6 +28,7 @@ from vitdecomp_lens.frozen.walk import Cut
 from vitdecomp_lens.hooked.checks import check_module
 from vitdecomp_lens.points import hook_points, is_hooked
 from vitdecomp_lens.traced import Traced, check_any_images
+from vitdecomp_lens.weights import weights_hash
 
 T = TypeVar("T")
 MAX_BYTES = 512 << 20
@@ -156,12 +157,13 @@ class Request:
         stops = (*self.cut.missing, *self.cut.unknown, *self.model.stops)
         return Coverage(len(found), self.model.branches, stops)
 
-    @property
+    @cached_property
     def metadata(self) -> dict[str, Any]:
-        """What was asked, of which model."""
+        """What was asked, of which model with which weights."""
         of = self.of if isinstance(self.of, str) else getattr(self.of, "__name__", "function")
         named = getattr(self.module, "cfg", None)  # third parties may have none
-        return {"by": self.by, "of": of, "model": getattr(named, "model_name", type(self.module).__name__)}
+        model = getattr(named, "model_name", type(self.module).__name__)
+        return {"by": self.by, "of": of, "model": model, "weights": weights_hash(self.module)}
 
 
 def make_request(

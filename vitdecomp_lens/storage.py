@@ -27,6 +27,7 @@ from vitdecomp_lens.errors import InputError, StoreError
 
 FORMAT = "vitdecomp_lens"
 VERSION = 1
+AGAIN = "Write it again with .save(path)."
 # torch.save writes a zip archive; a pickle starts with its protocol, where a header's length would have zeros.
 _PICKLED = re.compile(rb"PK\x03\x04|\x80[\x02-\x05][^\x00]")
 
@@ -78,7 +79,7 @@ def write(path: str | os.PathLike[str], *, kind: str, tensors: Mapping[str, Tens
     # Beside its target, because os.replace is atomic within one file system only.
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
     try:
-        save_file(stored, unfinished, metadata=metadata)
+        write_tensors(unfinished, stored, metadata=metadata)
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         raise StoreError(
@@ -88,8 +89,25 @@ def write(path: str | os.PathLike[str], *, kind: str, tensors: Mapping[str, Tens
         unfinished.unlink(missing_ok=True)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that whoever may read other new files may read: safetensors' own are their owner's only.
+
+    Args:
+        path: Where to.
+        tensors: Contiguous ones that share no memory.
+        metadata: What stands in its header.
+
+    Raises:
+        OSError: Where it cannot be written; of safetensors it may be a SafetensorError too.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # what the umask, or the folder, gives to new files
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(mode)
+
+
 def read(
-    path: str | os.PathLike[str], *, kind: str, needs: Iterable[str] = ("values",)
+    path: str | os.PathLike[str], *, kind: str, needs: Iterable[str] = ("values",), again: str = AGAIN
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write` wrote.
 
@@ -97,6 +115,7 @@ def read(
         path: The file.
         kind: What it is expected to hold.
         needs: Names of the tensors that must be there.
+        again: What to do where it is damaged.
 
     Returns:
         The tensors by name, on the CPU, and the header.
@@ -106,25 +125,26 @@ def read(
     """
     path = Path(path)
     if not path.is_file():
-        raise StoreError(f"Expected a stored {kind} at {path}; there is no such file. Write one with .save(path).")
+        then = "Write one with .save(path)." if again == AGAIN else again
+        raise StoreError(f"Expected a stored {kind} at {path}; there is no such file. {then}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header, checksums = _header(path, kind, file.metadata() or {})
+            header, checksums = _header(path, kind, file.metadata() or {}, again)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise StoreError(_unreadable(path, kind, error)) from error
+        raise StoreError(_unreadable(path, kind, error, again)) from error
     for name in needs:
         if name not in tensors:
-            raise damaged(path, kind, f"the tensor {name!r} is missing")
+            raise damaged(path, kind, f"the tensor {name!r} is missing", again)
     for name, tensor in tensors.items():
         if checksums.get(name) != _checksum(tensor):
-            raise damaged(path, kind, f"the tensor {name!r} is not what was written")
+            raise damaged(path, kind, f"the tensor {name!r} is not what was written", again)
     return tensors, header
 
 
-def damaged(path: str | os.PathLike[str], kind: str, what: str) -> StoreError:
+def damaged(path: str | os.PathLike[str], kind: str, what: str, again: str = AGAIN) -> StoreError:
     """The error for a file of ours whose content is wrong, for the caller to raise."""
-    return StoreError(f"Expected a stored {kind} at {path}; it is damaged: {what}. Write it again with .save(path).")
+    return StoreError(f"Expected a stored {kind} at {path}; it is damaged: {what}. {again}")
 
 
 def pack_components(components: Iterable[Component]) -> list[list[Any]]:
@@ -151,15 +171,15 @@ def unpack(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def restoring(path: str | os.PathLike[str], *, kind: str) -> Iterator[None]:
+def restoring(path: str | os.PathLike[str], *, kind: str, again: str = AGAIN) -> Iterator[None]:
     """Turn what goes wrong while values are rebuilt from a file into a StoreError."""
     try:
         yield
     except (InputError, KeyError, TypeError) as error:
-        raise damaged(path, kind, f"its parts do not fit ({error})") from error
+        raise damaged(path, kind, f"its parts do not fit ({error})", again) from error
 
 
-def _header(path: Path, kind: str, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, int]]:
+def _header(path: Path, kind: str, metadata: Mapping[str, str], again: str) -> tuple[dict[str, Any], dict[str, int]]:
     if FORMAT not in metadata:
         raise StoreError(
             f"Expected a stored {kind} at {path}; it is a safetensors file that this package did not write. "
@@ -167,7 +187,7 @@ def _header(path: Path, kind: str, metadata: Mapping[str, str]) -> tuple[dict[st
         )
     checksum, _, text = metadata[FORMAT].partition(" ")
     if checksum != f"{zlib.crc32(text.encode()):08x}":
-        raise damaged(path, kind, "its header is not what was written")
+        raise damaged(path, kind, "its header is not what was written", again)
     content = json.loads(text)
     if content["version"] > VERSION:
         raise StoreError(
@@ -181,7 +201,7 @@ def _header(path: Path, kind: str, metadata: Mapping[str, str]) -> tuple[dict[st
     return content["header"], content["crc32"]
 
 
-def _unreadable(path: Path, kind: str, error: Exception) -> str:
+def _unreadable(path: Path, kind: str, error: Exception, again: str) -> str:
     with path.open("rb") as file:
         pickled = _PICKLED.match(file.read(4))
     if pickled:
@@ -190,8 +210,7 @@ def _unreadable(path: Path, kind: str, error: Exception) -> str:
             f"because unpickling runs code. Load it yourself if you trust it, and write it with .save(path)."
         )
     return (
-        f"Expected a stored {kind} at {path}; it is damaged, half-written, or not a safetensors file ({error}). "
-        f"Write it again with .save(path)."
+        f"Expected a stored {kind} at {path}; it is damaged, half-written, or not a safetensors file ({error}). {again}"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitdecomp_lens import storage
 from vitdecomp_lens.collecting import gathered
-from vitdecomp_lens.collecting.files import COMPLETE, LABEL, MANIFEST, StoreFiles, ids_hash, read_json
+from vitdecomp_lens.collecting.files import COMPLETE, LABEL, MANIFEST, RESUME, StoreFiles, ids_hash, read_json
 from vitdecomp_lens.collecting.gathered import Gather, Gathered
 from vitdecomp_lens.components import Component
 from vitdecomp_lens.decomposition import Decomposition
@@ -54,7 +54,7 @@ class Store:
         if not (self.path / COMPLETE).is_file():
             raise StoreError(
                 f"The store {str(self.path)!r} is unfinished: {len(self._files.numbers())} chunks are there. Collect "
-                f"again with resume."
+                f"again with {RESUME}."
             )
         complete = read_json(self.path / COMPLETE)
         if complete.get("store") != self._files.key:

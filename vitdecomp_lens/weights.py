@@ -1,13 +1,19 @@
 """Models by name, and their weights: from the library, or from a safetensors file. Nothing is unpickled.
 
-For a live module of your own, none of this is needed: `HookedViT(module)`.
+For a live module of your own, none of this is needed: `HookedViT(module)`. What tells its weights from others is
+`weights_hash`.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
+from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,6 +21,8 @@ from torch import Tensor, nn
 from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError, near_matches
 
 SHOWN = 4  # how many keys a message names
+LOOKED_AT = 64  # entries of each weight, to see what was written through ``.data``
+_HASHES: "WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], str]]" = WeakKeyDictionary()
 
 
 def create_timm(name: str, *, pretrained: bool = False, **timm_kwargs: Any) -> nn.Module:
@@ -138,3 +146,60 @@ def _check_fits(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
+
+
+# --- which weights a model has ---------------------------------------------------------------------------------------
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A hash of names, shapes, dtypes and values of all parameters and stored buffers, as ``state_dict()`` has them.
+
+    It is worked out once a model (a fifth of a second for a ViT-B), and again after a weight has changed: it then lies
+    elsewhere or has another version. What is written through ``.data`` leaves no version; it is seen by entries at 64
+    places of each weight, so that a change of a few entries only can be missed.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = weights_hash(layer)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.add_(1)
+        >>> len(before), weights_hash(layer) == before
+        (16, False)
+    """
+    weights = {name: tensor for name, tensor in sorted(module.state_dict().items()) if isinstance(tensor, Tensor)}
+    state = _state(weights)
+    known = _HASHES.get(module)
+    if known is None or known[0] != state:
+        known = _HASHES[module] = state, _digest(weights)
+    return known[1]
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _state(weights: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """What changes with the weights, and costs little to look at."""
+    tensors = [tensor.detach() for tensor in weights.values()]
+    places = [(t.data_ptr(), t.shape, t.dtype, t.device, 0 if t.is_inference() else t._version) for t in tensors]
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            some = torch.take(tensor, _some_places(tensor.numel(), tensor.device))
+            alike.setdefault((tensor.dtype, tensor.device), []).append(some)
+    return tuple(weights), places, [bytes(_bytes(torch.cat(several))) for several in alike.values()]
+
+
+@lru_cache(maxsize=512)
+def _some_places(size: int, device: torch.device) -> Int[Tensor, "place"]:
+    generator = torch.Generator().manual_seed(size)
+    with torch.inference_mode(False):  # kept for calls outside of it
+        return torch.randint(size, (min(size, LOOKED_AT),), generator=generator).to(device)

@@ -33,6 +33,7 @@ from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError, VitD
 from vitdecomp_lens.selecting import agreed
 
 LEAST = 1e-6  # what is left of a unit row, where less is rounding
+NORMALISATION = "each prompt to length 1, and their mean over templates again"
 if TYPE_CHECKING:
     Texts = tuple[str, ...]
 else:
@@ -49,8 +50,8 @@ class TextBank:
         directions: A unit row for each text. Rows of other lengths are divided by them.
         space: Which space the directions live in, as `space_of` names it: model and weights. Embeddings count in it by
             their direction only.
-        made: How the directions were made, in what JSON holds: ``"templates"``, and ``"mean"``, the direction that was
-            taken off, if one was.
+        made: How the directions were made, in what JSON holds: ``"model"``, the class of the CLIP; ``"templates"``;
+            ``"normalisation"``; and ``"mean"``, the direction that was taken off, if one was.
 
     Raises:
         InputError: Where there are no texts, texts that are blank or given twice, or rows that do not fit them, are
@@ -129,8 +130,8 @@ class TextBank:
             >>> from vitdecomp_lens.testbed.models import build
             >>> from vitdecomp_lens.testbed.vocabulary import tokenize
             >>> bank = TextBank.from_open_clip(build("clip"), ["a red star", "a blue ring"], tokenizer=tokenize)
-            >>> bank.directions.shape, bank.made
-            (torch.Size([2, 64]), {'templates': ['{}']})
+            >>> bank.directions.shape, bank.made["model"], bank.made["templates"]
+            (torch.Size([2, 64]), 'CLIP', ['{}'])
         """
         texts, templates = checked(texts), checked_templates(templates)
         tokenizer = default_tokenizer(clip) if tokenizer is None else tokenizer
@@ -138,8 +139,8 @@ class TextBank:
         refuse_same_tokens(texts, tokens)
         weights = space_of(clip) if space is None or cache is not None else ""
         space = weights if space is None else space
-        made = {"templates": list(templates)}
-        file = None if cache is None else _cache_file(Path(cache), clip, tokens, (weights, space, texts, templates))
+        made = {"model": type(clip).__name__, "templates": list(templates), "normalisation": NORMALISATION}
+        file = None if cache is None else _cache_file(Path(cache), clip, tokens, (weights, space, texts, made))
         bank = None if file is None else cls._cached(file, texts, space, made)
         if bank is None:
             rows = embedded(

@@ -29,7 +29,7 @@ def checked(texts: Iterable[str]) -> tuple[str, ...]:
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"Expected texts that say something; text {number} is {text!r}. Leave it out.")
-    refuse_duplicates(texts, of="texts")
+    refuse_duplicates(texts, of="texts", remedy="Give each text once, as list(dict.fromkeys(texts)) does.")
     return texts
 
 

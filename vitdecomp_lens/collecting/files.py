@@ -26,6 +26,8 @@ FORMAT, VERSION = "vitdecomp_lens store", 1
 KIND = "chunk of a store"
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
 LABEL = "labels."  # what the names of labels' tensors begin with
+RESUME = "resume=True (--resume on the command line)"
+_ANEW = f"Delete it, if it is there, and collect again with {RESUME}, which makes it anew."
 _UNFINISHED_MANIFEST = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f]{{32}}\.unfinished")
 # Ours, and what safetensors calls a file that it has not written to the end.
 _UNFINISHED = re.compile(
@@ -77,9 +79,9 @@ class StoreFiles:
         """
         path = self.chunk(number)
         try:
-            tensors, header = storage.read(path, kind=KIND, needs=())
+            tensors, header = storage.read(path, kind=KIND, needs=(), again=_ANEW)
         except StoreError as error:
-            raise _unusable(path, str(error)) from error
+            raise _unusable(path, str(error).removesuffix(_ANEW).rstrip()) from error
         return tensors, self._mine(header, number)
 
     def header(self, number: int) -> dict[str, Any]:
@@ -148,7 +150,7 @@ class StoreFiles:
         except StoreError as error:
             raise StoreError(
                 f"{error} The store can be resumed: {len(self.numbers())} chunks are there. Make room, and collect "
-                f"again with resume."
+                f"again with {RESUME}."
             ) from error
 
     def tidy(self) -> None:
@@ -175,10 +177,7 @@ def ids_hash(several: Iterable[Sequence[str]]) -> str:
 
 
 def _unusable(path: Path, why: str) -> StoreError:
-    return StoreError(
-        f"The chunk {path.name} of the store {str(path.parent)!r} cannot be used. {why} Delete it, if it is there, and "
-        f"collect again with resume, which makes it anew."
-    )
+    return StoreError(f"The chunk {path.name} of the store {str(path.parent)!r} cannot be used. {why} {_ANEW}")
 
 
 def _canonical(content: Any) -> str:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from vitdecomp_lens import storage
 from vitdecomp_lens.clip.moments import Moments
+from vitdecomp_lens.collecting.files import RESUME
 from vitdecomp_lens.errors import InputError, StoreError
 
 KIND = "Gathered"
+_ANEW = f"Delete it; collecting again with {RESUME} gathers it anew."
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,15 +226,22 @@ class Gathered:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
+        cls, path: str | os.PathLike[str], device: torch.device | str = "cpu", *, again: str = storage.AGAIN
     ) -> tuple["Gathered", dict[str, Any]]:
         """Read what `save` wrote, and what else was said.
+
+        Args:
+            path: The file.
+            device: Where to.
+            again: What to do where it is damaged.
 
         Raises:
             StoreError: Where the file is missing, damaged, half-written, or holds something else.
         """
-        tensors, header = storage.read(path, kind=KIND, needs=("mean", "cross", "top_scores", "top_numbers"))
-        with storage.restoring(path, kind=KIND):
+        tensors, header = storage.read(
+            path, kind=KIND, needs=("mean", "cross", "top_scores", "top_numbers"), again=again
+        )
+        with storage.restoring(path, kind=KIND, again=again):
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
             asked = {**header["gather"], "directions": tensors.get("directions")}
             (components, d_rep), d_clip = tensors["mean"].shape, tensors["cross"].shape[2]
@@ -305,15 +314,15 @@ def merged(folder: Path, key: str) -> tuple[Gathered, list[int]] | None:
 
 def _load_part(path: Path, key: str, device: torch.device | str = "cpu") -> tuple[Gathered, list[int]]:
     try:
-        found, said = Gathered.load(path, device)
-        with storage.restoring(path, kind=KIND):
+        found, said = Gathered.load(path, device, again=_ANEW)
+        with storage.restoring(path, kind=KIND, again=_ANEW):
             mine, chunks = said["store"] == key, list(said["chunks"])
         if not mine:
-            raise storage.damaged(path, KIND, "it belongs to another store")
+            raise storage.damaged(path, KIND, "it belongs to another store", _ANEW)
     except StoreError as error:
+        why = str(error).removesuffix(_ANEW).rstrip()
         raise StoreError(
-            f"The statistics {path.name} of the store {str(path.parent)!r} cannot be used. {error} Delete it; resume "
-            f"gathers again."
+            f"The statistics {path.name} of the store {str(path.parent)!r} cannot be used. {why} {_ANEW}"
         ) from error
     return found, chunks
 

@@ -50,8 +50,14 @@ def images_from(source: Any, *, image: str | None = None, id: str | None = None)
         >>> source.count, [sample.labels for sample in source.read(1, 9)]
         (2, [{'label': 1}])
     """
-    if isinstance(source, ImageSource):
-        return source
+    found = source if isinstance(source, ImageSource) else _adapted(source, image=image, id=id)
+    if found.count == 0:
+        raise InputError(f"Expected at least one image; the {type(source).__name__} is empty.")
+    return found
+
+
+def _adapted(source: Any, *, image: str | None, id: str | None) -> ImageSource:
+    """Images behind the adapter for where they come from."""
     if isinstance(source, str | Path):
         return _folder(Path(source))
     if hasattr(source, "features") and hasattr(source, "column_names"):

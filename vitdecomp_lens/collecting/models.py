@@ -1,6 +1,5 @@
 """What collecting asks of the two models: who they are, how they preprocess, and what the CLIP makes of images."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +12,7 @@ from vitdecomp_lens.collecting.pictures import Preprocess, Preprocessor
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.hooked import HookedViT
 
-
-def weights_hash(module: nn.Module) -> str:
-    """A hash of names, shapes, dtypes and values of all parameters and stored buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+__all__ = ["Eye", "preprocess_of"]
 
 
 def preprocess_of(model: nn.Module, given: Preprocess | None) -> Preprocess:

@@ -61,8 +61,11 @@ def opened(picture: Picture) -> Image.Image | UInt8[Tensor, "3 height width"]:
         return picture
     if isinstance(picture, Unreadable):
         raise InputError(picture.reason)
+    if isinstance(picture, Image.Image):
+        return open_upright(picture)
     try:
-        return open_upright(Image.open(BytesIO(picture)) if isinstance(picture, bytes) else picture)
+        with Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
+            return open_upright(file)
     except DAMAGED as error:
         raise InputError(str(error)) from error
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitdecomp_lens.collecting.files import RESUME
 from vitdecomp_lens.collecting.images import ImageSource, Sample
 from vitdecomp_lens.collecting.pictures import Preprocessor, check_bytes, opened
 from vitdecomp_lens.errors import InputError
@@ -81,8 +82,9 @@ class Reader:
         if skipped and not self.skip:
             (name, reason), *_ = skipped
             raise InputError(
-                f"The image {name!r} cannot be read: {reason.rstrip('.')}. Leave it out or replace it; or pass "
-                f'unreadable="skip", which lists such images at the end.'
+                f"The image {name!r} cannot be read: {reason.rstrip('.')}. Go on without it, with {RESUME} and "
+                f'unreadable="skip" (--unreadable skip), which lists such images at the end; or mend it, which makes '
+                f"another set of images, and collect that into another place."
             )
         kept = [(s, one) for s, one in zip(samples, found, strict=True) if not isinstance(one, str)]
         ids = tuple(sample.id for sample, _ in kept)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from vitdecomp_lens.collecting.files import RESUME
 from vitdecomp_lens.collecting.pictures import DAMAGED, Picture, Unreadable
 from vitdecomp_lens.errors import InputError
 
@@ -146,7 +147,7 @@ class Forward:
             raise InputError(
                 f"The stream of images broke at item {self._at - len(self._bad) + (item is not _END)}: {self._bad[0]}. "
                 f"What follows cannot be read. Mend the stream, or give a data set that can be indexed; a store that "
-                f"was begun goes on with resume."
+                f"was begun goes on with {RESUME}."
             )
         self._bad = []
         return item

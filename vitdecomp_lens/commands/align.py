@@ -1,8 +1,10 @@
 """``vitdecomp-lens align``: fit an aligner to a store."""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,24 @@ from vitdecomp_lens import weights
 from vitdecomp_lens.class_match import class_bank, class_match, class_vectors, matched
 from vitdecomp_lens.class_names import ClassNames
 from vitdecomp_lens.clip import TextBank
-from vitdecomp_lens.clip.alignment import Aligner, FitProgress
+from vitdecomp_lens.clip.alignment import Aligner, AlignmentReport, FitProgress
+from vitdecomp_lens.clip.fitting import MAX_BYTES
 from vitdecomp_lens.clip.objective import METHODS
-from vitdecomp_lens.clip.sources import held_out_mask
+from vitdecomp_lens.clip.sources import Chunk, held_out_mask
 from vitdecomp_lens.clip.templates import SIMPLE
 from vitdecomp_lens.clip.text_embedding import space_of
-from vitdecomp_lens.collecting.models import weights_hash
+from vitdecomp_lens.commands.collect import device_named
 from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, positive
-from vitdecomp_lens.commands.showing import Pace
+from vitdecomp_lens.commands.showing import Pace, bar
+from vitdecomp_lens.components import Component
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.explanation import printable
 from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.store import Store
+from vitdecomp_lens.weights import weights_hash
 
 HELD_OUT = 0.1
+FEW = 30  # images held out, below which what they say is mostly chance
 MATCHED = 2000  # images that components are read from, of those held out
 
 
@@ -45,7 +51,14 @@ def add_to(commands: Any) -> None:
     parser.add_argument("store", type=Path, metavar="STORE", help="a folder that 'collect' made")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     parser.add_argument("--method", choices=tuple(METHODS), default="compalign", help="how to fit (compalign)")
-    parser.add_argument("--epochs", type=positive, default=20, metavar="N", help="passes over the images at most (20)")
+    parser.add_argument("--epochs", type=positive, default=60, metavar="N", help="passes over the images at most (60)")
+    penalty = "the weight of what keeps maps near isometries (1, the paper's)"
+    parser.add_argument("--penalty", type=float, default=1.0, metavar="W", help=penalty)
+    steps = "images a step takes; by default a thirty-second of them, from 32 to 1,024"
+    parser.add_argument("--batch-size", type=positive, metavar="N", help=steps)
+    table = "the largest table to keep (2 GiB); beyond it, the store is read again in every epoch"
+    parser.add_argument("--max-bytes", type=positive, default=MAX_BYTES, metavar="N", help=table)
+    parser.add_argument("--device", metavar="DEVICE", help="where to fit, such as cuda:1; by default the CPU")
     parser.add_argument("--seed", type=int, default=0, help="of the images held out and of the order (0)")
     parser.add_argument("--resume", action="store_true", help="go on with the fit that was ended")
     parser.add_argument("--model", metavar="NAME", help="the store's model, of timm or testbed/NAME: for a match rate")
@@ -67,31 +80,126 @@ def run(options: argparse.Namespace, errors: Console) -> int:
         raise InputError(f"There is a fit at {str(checkpoint)!r}. Go on with it with --resume, or take it away.")
     if not out.parent.is_dir():
         raise InputError(f"Expected a folder for {out.name} that exists; {str(out.parent)!r} does not.")
-    store = Store(options.store)
+    store, device = Store(options.store), device_named(options.device or "cpu")
     classes = _classes(options, store, errors)
-    with Pace(errors, "epochs") as pace:
-        before: list[int] = []
-
-        def show(state: FitProgress) -> None:
-            before.append(max(state.epoch - 1, 0))  # told after an epoch, or of the start
-            pace(state.epoch, state.epochs, before[0])
-
+    errors.print(Text(f"Reading {store.count} images of {printable(str(store.path))}."), soft_wrap=True)
+    begun = time.monotonic()
+    with _Shown(errors, store.count) as shown:
         aligner = Aligner.fit_stream(
-            store,
+            _Source(store, device, shown),
             method=options.method,
+            penalty=options.penalty,
             held_out=HELD_OUT,
             epochs=options.epochs,
+            batch_size=options.batch_size,
+            max_bytes=options.max_bytes,
             seed=options.seed,
             checkpoint=checkpoint,
-            progress=show,
+            progress=shown.fitting,
         )
+    seconds = time.monotonic() - begun
+    aligner = _on_the_cpu(aligner)
     if classes is not None:
         aligner = classes.matched(aligner, store, options.seed)
     aligner.save(out)
     checkpoint.unlink(missing_ok=True)
     Console().print(Text(repr(aligner.fit_report)), soft_wrap=True)
-    errors.print(Text(f"Written to {printable(str(out))}."), soft_wrap=True)
+    _warn_of_few(aligner, errors)
+    errors.print(Text(f"Written to {printable(str(out))}: fitted in {seconds:.1f} s."), soft_wrap=True)
     return 0
+
+
+def _warn_of_few(aligner: Aligner, errors: Console) -> None:
+    """Say so where the report, and when the fit ended, hang on very few images."""
+    assert aligner.fit_report is not None
+    if (count := len(aligner.fit_report.distances)) < FEW:
+        what = f"Only {count} image{' was' if count == 1 else 's were'} held out: what the report says is mostly chance"
+        errors.print(Text(f"Warning: {what}. Collect more images, {round(FEW / HELD_OUT)} at least."), soft_wrap=True)
+
+
+class _Shown:
+    """What a fit is at: reading the store, or which of its epochs.
+
+    Args:
+        errors: Where to.
+        count: How many images there are.
+    """
+
+    def __init__(self, errors: Console, count: int) -> None:
+        self._count, self._pace = count, Pace(errors, "epochs")
+        self._before: int | None = None
+        self._open, self._reading = ExitStack(), ExitStack()
+        self._bar, self._task = self._reading.enter_context(bar(errors, "reading the store"))
+
+    def __enter__(self) -> "_Shown":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reading.close()
+        self._open.close()
+
+    def read(self, images: int) -> None:
+        """So many images have been read of the store, from its beginning."""
+        self._bar.update(self._task, completed=images / self._count)
+
+    def fitting(self, state: FitProgress) -> None:
+        """A start was found, or an epoch is over."""
+        if self._before is None:
+            self._reading.close()  # a terminal shows one bar at a time
+            self._open.enter_context(self._pace)
+            self._before = max(state.epoch - 1, 0)
+            if not state.epoch:
+                self._pace.start()
+        self._pace(state.epoch, state.epochs, self._before)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A store whose chunks come to a device, and that says how far it has been read."""
+
+    store: Store
+    device: torch.device
+    shown: _Shown
+
+    @property
+    def components(self) -> Sequence[Component]:
+        """The store's."""
+        return self.store.components
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The store's."""
+        return self.store.metadata
+
+    @property
+    def space(self) -> str | None:
+        """The store's."""
+        return self.store.space
+
+    @property
+    def count(self) -> int:
+        """How many images there are."""
+        return self.store.count
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The store's."""
+        done = 0
+        for values, targets in self.store.chunks():
+            done += len(targets)
+            self.shown.read(done)
+            yield values.to(self.device), targets.to(self.device)
+
+
+def _on_the_cpu(aligner: Aligner) -> Aligner:
+    assert aligner.fit_report is not None
+    entries, tensors = aligner.fit_report.packed()
+    return replace(
+        aligner,
+        basis=aligner.basis.cpu(),
+        weights=aligner.weights.cpu(),
+        bias=aligner.bias.cpu(),
+        fit_report=AlignmentReport.unpacked(entries, {name: tensor.cpu() for name, tensor in tensors.items()}),
+    )
 
 
 @dataclass(frozen=True)

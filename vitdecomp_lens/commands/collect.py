@@ -33,7 +33,8 @@ def add_to(commands: Any) -> None:
         "run that was ended goes on with --resume. To use several processes or GPUs, start the same command with "
         "'accelerate launch -m vitdecomp_lens' or 'torchrun -m vitdecomp_lens'.",
     )
-    scenes = "a folder of images; or testbed:SPLIT:SIZE, scenes that are drawn, such as testbed:train:20000"
+    scenes = "a folder of images; or testbed:SPLIT:SIZE[:SEED], scenes that are drawn, such as testbed:train:20000:1 "
+    scenes += "(seed 0, the default, of train gives the scenes that the testbed's models were trained on)"
     parser.add_argument("source", metavar="SOURCE", help=scenes)
     parser.add_argument("--model", required=True, metavar="NAME", help="a model of timm, or testbed/NAME")
     parser.add_argument("--open-clip", action="store_true", help="the model is one of open_clip's, such as ViT-B-16")
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace, errors: Console) -> int:
     """Collect."""
     errors = errors if os.environ.get("RANK", "0") == "0" else Console(stderr=True, quiet=True)
     source = source_of(options.source)
-    device = _device(options.device)
+    device = device_named(options.device)
     with Pace(errors) as pace:
         model, clip = _models(options)
         for module in (model, clip):
@@ -102,17 +103,22 @@ def _say(store: Store, seconds: float, errors: Console) -> None:
 
 def source_of(name: str) -> Any:
     """What images a name on the command line stands for: a folder, or scenes of the testbed."""
-    scenes = re.fullmatch(r"testbed:([^:]+):(\d+)", name)
+    scenes = re.fullmatch(r"testbed:([^:]+):(\d{1,18})(?::(\d{1,18}))?", name, re.ASCII)
     if scenes is None:
         if name.startswith("testbed:"):
-            raise InputError(f"Expected testbed:SPLIT:SIZE, such as testbed:train:20000; got {name!r}.")
+            raise InputError(f"Expected testbed:SPLIT:SIZE or testbed:SPLIT:SIZE:SEED, whole numbers; got {name!r}.")
         return Path(name)
     from vitdecomp_lens import testbed
 
-    return testbed.Scenes(scenes[1], size=int(scenes[2]))
+    return testbed.Scenes(scenes[1], size=int(scenes[2]), seed=int(scenes[3] or 0))
 
 
-def _device(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """The device of that name; without one, a GPU where there is one: of several processes, each its own.
+
+    Raises:
+        InputError: Where this machine has none of that name.
+    """
     if name is None:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:

@@ -13,7 +13,6 @@ from vitdecomp_lens.class_match import class_bank, class_match, class_vectors, m
 from vitdecomp_lens.clip.alignment import Aligner
 from vitdecomp_lens.clip.text_bank import TextBank
 from vitdecomp_lens.clip.text_embedding import space_of
-from vitdecomp_lens.collecting.models import weights_hash
 from vitdecomp_lens.decompose import decompose
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import StoreError, UnknownNameError, near_matches
@@ -106,9 +105,7 @@ def collected(model: nn.Module, clip: Any, scenes: Mapping[str, int], *, seed: i
                 images = normalised(drawn.images(range(first, min(first + CHUNK, size))))
                 parts.append(decompose(hooked, images, by="head"))
                 targets.append(clip.encode_image(images))
-    whole = Decomposition.cat(parts)
-    whole = replace(whole, metadata={**whole.metadata, "weights": weights_hash(hooked)})
-    return Collected(whole, torch.cat(targets), space_of(clip))
+    return Collected(Decomposition.cat(parts), torch.cat(targets), space_of(clip))
 
 
 def split_sizes(scenes: int) -> dict[str, int]:

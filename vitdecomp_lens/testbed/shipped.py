@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from vitdecomp_lens import storage
 from vitdecomp_lens.errors import StoreError
 from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.testbed.models import BUILDERS, build
@@ -97,7 +97,7 @@ def ship(name: str, model: nn.Module, *, recipe: Recipe, seed: int, scenes: int,
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
     state = {key: _halved(value.detach()).contiguous().clone() for key, value in model.state_dict().items()}
-    save_file(state, path)
+    storage.write_tensors(path, state)
     entry = {
         "file": path.name,
         "sha256": sha256_of(path),

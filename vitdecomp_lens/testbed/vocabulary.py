@@ -55,9 +55,10 @@ def _row(text: str) -> list[int]:
         raise InputError(f"A text must have between 1 and {CONTEXT - 2} words; {text!r} has {len(words)}.")
     for word in words:
         if word not in _NUMBERS:
+            near = near_matches(word, WORDS)
             raise UnknownNameError(
-                f"The testbed's CLIP does not know the word {word!r}; {near_matches(word, WORDS)} It knows:"
-                f" {', '.join(WORDS)}."
+                f"The testbed's CLIP does not know the word {word!r}; {near}{'' if near.endswith('?') else '.'} It"
+                f" knows: {', '.join(WORDS)}."
             )
     numbers = [START, *(_NUMBERS[word] for word in words), END]
     return numbers + [0] * (CONTEXT - len(numbers))

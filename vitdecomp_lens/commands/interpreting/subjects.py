@@ -13,7 +13,6 @@ from rich.console import Console
 
 from vitdecomp_lens.clip.alignment import Aligner
 from vitdecomp_lens.collect import Store, collect
-from vitdecomp_lens.collecting.models import weights_hash
 from vitdecomp_lens.commands import collect as collecting
 from vitdecomp_lens.commands.interpreting.words import Words
 from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, positive
@@ -21,6 +20,7 @@ from vitdecomp_lens.commands.showing import Pace
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
 from vitdecomp_lens.hooked import HookedViT
+from vitdecomp_lens.weights import weights_hash
 
 BATCH = 256  # images that are taken into the space of texts at once
 SCENES = 1000  # that are drawn for a model of the testbed, where nothing else is said
