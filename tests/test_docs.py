@@ -11,7 +11,20 @@ import vitdecomp_lens
 
 ROOT = Path(vitdecomp_lens.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = ("clip", "interpret", "interpret.comparing", "intervene", "testbed", "testbed.planted")
+MODULES = (
+    "applications.ablation",
+    "applications.heatmap",
+    "applications.repair",
+    "applications.retrieval",
+    "clip",
+    "cumulative",
+    "interpret",
+    "interpret.comparing",
+    "intervene",
+    "linear_classifier",
+    "testbed",
+    "testbed.planted",
+)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
