@@ -10,9 +10,11 @@ import torch
 from labelled_samples import as_users_run_it, assert_same, sample
 from scipy import stats
 
+from vitdecomp_lens import decompose, testbed
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.decomposition import Decomposition
-from vitdecomp_lens.errors import CapacityError, InputError, StoreError, UnknownNameError
+from vitdecomp_lens.errors import CapacityError, InputError, StoreError, UnknownNameError, VitDecompWarning
+from vitdecomp_lens.interpret import describe, omp, text_span
 from vitdecomp_lens.interpret.feature_scores import FeatureScores
 from vitdecomp_lens.interpret.features import probe, score_features, text_null
 from vitdecomp_lens.interpret.statistics import bootstrap_counts
@@ -483,3 +485,22 @@ def test_what_cannot_be_scored_is_refused():
     nan[3] = torch.inf
     with pytest.raises(InputError, match="finite total"):
         score_features(Decomposition(parts.values, parts.components, nan, complete=False), features)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda parts, bank: text_span(parts, bank, steps=1),
+        lambda parts, bank: omp(parts, bank, centre=True, steps=1),
+        lambda parts, bank: score_features(parts, {"one": bank.select(bank.texts[:2])}, **PLAIN),
+        lambda parts, bank: describe(parts, bank, phrases=1),
+    ],
+)
+def test_contributions_that_nobody_took_into_the_space_of_the_texts_are_warned_of(read):
+    clip, images = testbed.load_original("clip"), testbed.normalised(testbed.Scenes("test").images(range(6)))
+    bank = testbed.banks.text_bank(clip, ["a red object", "a blue object", "a circle"])
+    read(decompose(testbed.load("clip"), images), bank)  # its own are there
+    parts = decompose(testbed.load("deit"), images, by="head")
+    read(parts.map(testbed.aligner("deit")), bank)
+    with pytest.warns(VitDecompWarning, match=r"a VisionTransformer's.*parts\.map\(aligner\)"):
+        read(parts, bank)

@@ -212,6 +212,7 @@ def test_a_tree_is_shown_with_what_matters():
                 "│     ├─  32.0 % a terrier",
                 "│     └─  18.0 % (own)",
                 "├─  50.0 % sky",
+                "├─   0.0 % artifact",
                 "└─   0.0 % (remainder)",
             ]
         )
@@ -354,3 +355,18 @@ def test_options_out_of_range_are_refused():
     for options in ({"ridge": -1.0}, {"ridge": float("nan")}, {"ridge": 0.0, "signs": "positive"}):
         with pytest.raises(InputError, match="ridge= of at least 0"):
             decompose_by_concepts(parts, tree, bank, **options)
+
+
+def test_small_shares_are_named_on_the_first_level_and_where_one_is_alone():
+    tree = ConceptTree.of({"thing": ["cup", "car", "key"], "animal": ["cat", "dog"], "sky": None})
+    bank = TextBank(["cup", "car", "key", "cat", "dog", "sky"], torch.eye(6, dtype=torch.float64), space="planted")
+    found = decompose_by_concepts(torch.tensor([[5.0, 1.0, 1.0, 5.0, 0.5, 1.0]]).double(), tree, bank, ridge=0.0)
+    lines = [line.lstrip("│├└─ ") for line in found.show(threshold=0.05).splitlines()[1:]]
+    names = [line.split(" % ")[1] for line in lines]
+    assert [name for name in names if name != "(own)"] == [
+        "thing", "cup", "(2 more)", "animal", "cat", "dog", "sky", "(remainder)",
+    ]  # fmt: skip
+    shares = {name: float(line.split(" % ")[0].replace("−", "-")) for name, line in zip(names, lines, strict=True)}
+    assert shares["dog"] == pytest.approx(100 * float(found.share("dog").sum()), abs=0.05)
+    assert shares["sky"] == pytest.approx(100 * float(found.share("sky").sum()), abs=0.05)
+    assert max(shares["dog"], shares["sky"]) < 5

@@ -27,6 +27,7 @@ from vitdecomp_lens.clip.text_embedding import (
     formatted,
     space_of,
     tokens_of,
+    tower_of,
 )
 from vitdecomp_lens.clip.texts import checked, checked_templates, refuse_same_tokens, unit_rows
 from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError, VitDecompWarning, near_matches
@@ -51,7 +52,8 @@ class TextBank:
         space: Which space the directions live in, as `space_of` names it: model and weights. Embeddings count in it by
             their direction only.
         made: How the directions were made, in what JSON holds: ``"model"``, the class of the CLIP; ``"templates"``;
-            ``"normalisation"``; and ``"mean"``, the direction that was taken off, if one was.
+            ``"normalisation"``; ``"image_tower"``, the hash of the weights of the tower whose contributions are in this
+            space as they are; and ``"mean"``, the direction that was taken off, if one was.
 
     Raises:
         InputError: Where there are no texts, texts that are blank or given twice, or rows that do not fit them, are
@@ -139,7 +141,8 @@ class TextBank:
         refuse_same_tokens(texts, tokens)
         weights = space_of(clip) if space is None or cache is not None else ""
         space = weights if space is None else space
-        made = {"model": type(clip).__name__, "templates": list(templates), "normalisation": NORMALISATION}
+        made: dict[str, Any] = {"model": type(clip).__name__, "image_tower": tower_of(clip)}
+        made |= {"templates": list(templates), "normalisation": NORMALISATION}
         file = None if cache is None else _cache_file(Path(cache), clip, tokens, (weights, space, texts, made))
         bank = None if file is None else cls._cached(file, texts, space, made)
         if bank is None:

@@ -13,13 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
+from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.hooked.checks import check_training
+from vitdecomp_lens.weights import weights_hash
 
 Tokenizer = Callable[[list[str]], Tensor]
 Progress = Callable[[int, int], None]
 
 _OF_LOGITS = ("logit_scale", "logit_bias")  # they scale similarities and move no embedding
 _CLIP_VOCABULARY = 49408  # of the tokenizer that CLIP came with
+
+
+def tower_of(clip: nn.Module) -> str | None:
+    """The hash of a CLIP's image tower, as decompositions of it state it; None where it is no tower that has hooks."""
+    try:
+        return weights_hash(HookedViT(clip))
+    except UnsupportedModelError:
+        return None
 
 
 def space_of(clip: nn.Module) -> str:

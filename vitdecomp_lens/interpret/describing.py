@@ -411,7 +411,7 @@ def _refuse(parts: Decomposition, bank: TextBank, phrases: int) -> None:
         raise InputError(f"Expected phrases= of at least 1; got {phrases}.")
     if not isinstance(parts, Decomposition) or not isinstance(bank, TextBank):
         raise InputError(f"Expected a Decomposition and a TextBank; got {type(parts).__name__}, {type(bank).__name__}.")
-    refuse_other_space(parts.metadata, bank.space)
+    refuse_other_space(parts.metadata, bank)
     if parts.values.shape[-1] != bank.directions.shape[1] or not parts.values.numel():
         raise InputError(
             f"Expected contributions of at least one image in the space of the texts, {bank.space!r}, with "

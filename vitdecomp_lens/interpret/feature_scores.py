@@ -178,11 +178,12 @@ class FeatureScores:
             InputError: Where there are no others, or the feature is one of them.
         """
         against = [other for other in self.features if other != feature] if against is None else against
-        others = [self._column(name) for name in ([against] if isinstance(against, str) else against)]
+        against = [against] if isinstance(against, str) else list(against)
+        others = [self._column(name) for name in against]
         column = self._column(feature)
         if not others or column in others:
             raise InputError(
-                f"Expected other features than {feature!r} to hold it against; got {list(against)!r}. Score several "
+                f"Expected other features than {feature!r} to hold it against; got {against!r}. Score several "
                 f"features together, or rank by one alone with top({feature!r})."
             )
         values = self._by(by)

@@ -84,9 +84,10 @@ def score_features(
         >>> torch.allclose(scores.covariance.sum(0), scores.total)
         True
     """
-    space = refuse_features(features)
-    bases = [bank.subspace() for bank in features.values()]
-    request = Request(tuple(features), bases, space, bootstrap, permutations, level, seed, max_bytes)
+    refuse_features(features)
+    banks = list(features.values())
+    bases = [bank.subspace() for bank in banks]
+    request = Request(tuple(features), bases, banks[0], bootstrap, permutations, level, seed, max_bytes)
     return scored(parts, request)
 
 
@@ -135,7 +136,7 @@ def probe(
         raise InputError(f"Expected a TextBank; got {type(bank).__name__}.")
     bank = bank if texts is None else bank.select(texts)
     bases = list(bank.directions[:, None])
-    return scored(parts, Request(bank.texts, bases, bank.space, bootstrap, permutations, level, seed, max_bytes))
+    return scored(parts, Request(bank.texts, bases, bank, bootstrap, permutations, level, seed, max_bytes))
 
 
 def text_null(
@@ -178,7 +179,7 @@ def text_null(
         raise InputError(f"Expected a Decomposition, since it is read several times; got {type(parts).__name__}.")
     if draws < 1:
         raise InputError(f"Expected draws= of at least 1; got {draws}.")
-    space = refuse_features({**features, "the bank of random texts": bank})
+    refuse_features({**features, "the bank of random texts": bank})
     sizes = [len(of) for of in features.values()]
     if max(sizes, default=0) >= len(bank):
         raise InputError(
@@ -191,7 +192,7 @@ def text_null(
         drawn = statistics.permutations(len(bank), draws, seed)[:, :size].tolist()
         bases = [bank.select([bank.texts[number] for number in numbers]).subspace() for numbers in drawn]
         names = tuple(f"draw {number}" for number in range(draws))
-        found[size] = scored(parts, Request(names, bases, space, 0, 0, LEVEL, seed, max_bytes))
+        found[size] = scored(parts, Request(names, bases, bank, 0, 0, LEVEL, seed, max_bytes))
     by = {name: torch.stack([getattr(found[size], name).T for size in sizes], -1) for name in BY}
     p = {f"{name}_p": ((by[name] >= getattr(own, name)).sum(0) + 1) / (draws + 1) for name in BY}
     return TextNull(

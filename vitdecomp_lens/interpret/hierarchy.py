@@ -144,12 +144,13 @@ class ConceptParts:
     def show(
         self, image: int = 0, *, component: str | None = None, threshold: float = 0.03, levels: int | None = None
     ) -> str:
-        """The tree of one image, with shares; branches that account for little are counted and left out.
+        """The tree of one image, with shares; branches that account for little are counted together.
 
         Args:
             image: Which of the batch.
             component: The label of one component; None for the sum of all.
-            threshold: Of shares, in either direction: smaller ones are left out, with all below them.
+            threshold: Of shares, in either direction: below the first level, concepts of smaller ones are counted
+                together, with all below them; a single one is named.
             levels: How many levels at most.
 
         Returns:
@@ -187,11 +188,12 @@ class _Shown:
 
     def branches(self, numbers: Sequence[int], others: Sequence[tuple[str, float]], indent: str) -> Iterator[str]:
         """Lines for concepts that refine the same one, and for what stands beside them."""
-        kept = sorted((n for n in numbers if abs(self.parts[n]) >= self.threshold), key=lambda n: -self.parts[n])
-        left = [self.parts[n] for n in numbers if abs(self.parts[n]) < self.threshold]
+        small = [n for n in numbers if abs(self.parts[n]) < self.threshold and self.tree.parents[n] >= 0]
+        kept = sorted((n for n in numbers if n not in small), key=lambda n: -self.parts[n])
         rows: list[tuple[str, float, int | None]] = [(self.tree.names[n], self.parts[n], n) for n in kept]
-        if left:
-            rows.append((f"({len(left)} more)", sum(left), None))
+        if small:
+            name = self.tree.names[small[0]] if len(small) == 1 else f"({len(small)} more)"
+            rows.append((name, sum(self.parts[n] for n in small), None))
         rows += [(name, share, None) for name, share in others]
         rows = [row for row in rows if row[2] is not None or row[0] == _REMAINDER or abs(row[1]) >= _SHOWN]
         for place, (name, share, number) in enumerate(rows):
@@ -399,7 +401,7 @@ def _centred(
 def _values(vectors: Decomposition | Tensor, bank: TextBank, what: str) -> tuple[tuple[str, ...], Tensor]:
     labels: tuple[str, ...] = ("whole",)
     if isinstance(vectors, Decomposition):
-        refuse_other_space(vectors.metadata, bank.space)
+        refuse_other_space(vectors.metadata, bank)
         labels, values = vectors.labels, vectors.values.detach()
     elif isinstance(vectors, Tensor) and vectors.ndim == 2 and vectors.is_floating_point():
         values = vectors.detach()[None]

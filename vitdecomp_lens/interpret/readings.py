@@ -5,6 +5,7 @@ to any images, of a size that does not grow with them. `Codes` have a list for e
 coefficients: an answer for the images that were read, and for no others. Both are asked the same way.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.components import Component
 from vitdecomp_lens.decomposition import Decomposition
-from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.errors import InputError, VitDecompWarning
 from vitdecomp_lens.gap import accumulator
 from vitdecomp_lens.selecting import Components, as_components, position, positions_of, summary
 
@@ -117,7 +118,7 @@ class Reading(ABC):
         """The texts times their coefficients."""
 
     def _values(self, parts: Decomposition) -> Float[Tensor, "component batch d_clip"]:
-        refuse_other_space(parts.metadata, self.bank.space)
+        refuse_other_space(parts.metadata, self.bank)
         if parts.values.shape[-1] != self.mean.shape[-1]:
             raise InputError(
                 f"Expected contributions of the {self.mean.shape[-1]} dimensions that were read; got "
@@ -346,7 +347,7 @@ def refuse_parts(parts: Decomposition, bank: TextBank, *, images: int = 1) -> No
             f"{'' if images == 1 else ', since what is read is how components vary over them'}; got {batch}. "
             f"Decomposition.cat([...]) joins batches."
         )
-    refuse_other_space(parts.metadata, bank.space)
+    refuse_other_space(parts.metadata, bank)
     if width != bank.directions.shape[1]:
         raise InputError(
             f"Expected contributions and texts of one space; the contributions have {width} dimensions, the texts of "
@@ -354,19 +355,32 @@ def refuse_parts(parts: Decomposition, bank: TextBank, *, images: int = 1) -> No
         )
 
 
-def refuse_other_space(metadata: Mapping[str, Any], space: str) -> None:
+def refuse_other_space(metadata: Mapping[str, Any], bank: TextBank) -> None:
     """Refuse contributions that say they are of another space than texts are.
 
     Args:
-        metadata: What is known of the contributions; where they say so, their space is under ``"space"``.
-        space: The texts' space.
+        metadata: What is known of the contributions; where they say so, their space is under ``"space"``, and under
+            ``"weights"`` of which model they are.
+        bank: The texts.
 
     Raises:
         InputError: Names both spaces.
+
+    Warns:
+        VitDecompWarning: Where nothing says which space they are of, and they are not the CLIP's own that embedded the
+            texts: then they are most probably of their model's.
     """
-    known = metadata.get("space")
-    if known is not None and known != space:
+    known, tower = metadata.get("space"), bank.made.get("image_tower")
+    if known is not None and known != bank.space:
         raise InputError(
             f"Expected contributions and texts of one space; the contributions are of {known!r}, the texts of "
-            f"{space!r}. Embed the texts with the model that the aligner was fitted to."
+            f"{bank.space!r}. Embed the texts with the model that the aligner was fitted to."
+        )
+    if known is None and tower is not None and metadata.get("weights", tower) != tower:
+        warnings.warn(
+            f"Expected contributions in the space of the texts, {bank.space!r}; these are a {metadata.get('model')}'s, "
+            f"and not of the CLIP that embedded the texts, so that words read in them mean nothing. Take them there "
+            f"with parts.map(aligner). (If it is that CLIP in another precision, embed the texts with it as it is.)",
+            VitDecompWarning,
+            stacklevel=4,
         )

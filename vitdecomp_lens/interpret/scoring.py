@@ -38,8 +38,8 @@ Parts = Decomposition | Iterable[Decomposition]
 # ---- what cannot be scored
 
 
-def refuse_features(features: Mapping[str, TextBank]) -> str:
-    """Refuse what are no features, or are of different spaces; the space that they are of."""
+def refuse_features(features: Mapping[str, TextBank]) -> None:
+    """Refuse what are no features, or are of different spaces."""
     if not isinstance(features, Mapping) or not features:
         raise InputError("Expected at least one feature, as {'colour': bank.select([...])}; got none.")
     for name, bank in features.items():
@@ -52,7 +52,6 @@ def refuse_features(features: Mapping[str, TextBank]) -> str:
                 f"Expected features of one space; {next(iter(features))!r} is of {first.space!r}, {name!r} of "
                 f"{bank.space!r}. Embed all texts with the same model."
             )
-    return first.space
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Request:
 
     features: tuple[str, ...]
     bases: list[Float[Tensor, "_ d_clip"]]
-    space: str
+    bank: TextBank  # one of those that the bases are of
     bootstrap: int
     permutations: int | None
     level: float
@@ -107,12 +106,12 @@ def _refuse_parts(parts: Decomposition, request: Request) -> None:
         raise InputError(f"Expected a Decomposition, or several; got {type(parts).__name__}.")
     if not len(parts):
         raise InputError("Expected at least one component to score; the decomposition has none.")
-    refuse_other_space(parts.metadata, request.space)
+    refuse_other_space(parts.metadata, request.bank)
     width, d_clip = parts.values.shape[-1], request.bases[0].shape[1]
     if width != d_clip:
         raise InputError(
             f"Expected contributions and texts of one space; the contributions have {width} dimensions, the texts of "
-            f"{request.space!r} {d_clip}. Take them there with parts.map(aligner) first."
+            f"{request.bank.space!r} {d_clip}. Take them there with parts.map(aligner) first."
         )
     if not parts.complete and parts.total is None:
         raise InputError(
@@ -289,7 +288,7 @@ def _of_batches(batches: Iterable[Decomposition], request: Request) -> FeatureSc
         total=scoring.total.to(written.own),
         spread=written.spread.to(written.own),
         widths=request.widths,
-        space=request.space,
+        space=request.bank.space,
         images=written.whole.shape[-1],
         resamples=request.bootstrap,
         orders=scoring.orders.numel(),

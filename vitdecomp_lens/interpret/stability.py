@@ -196,7 +196,7 @@ def bank_stability(parts: Decomposition, bank: TextBank, other: TextBank, read: 
         BankStability(2 head (layer 0); overlap 1.000, by chance 1.000; cosine 1.000)
     """
     bank.check_space(other.space)
-    refuse_other_space(parts.metadata, bank.space)
+    refuse_other_space(parts.metadata, bank)
     first, second = _read(read, parts, bank), _read(read, parts, other)
     _refuse_other_components(first, second)
     one, two = first.directions, second.directions

@@ -257,7 +257,7 @@ def text_agreement(
     for name, bank in features.items():
         if name not in scores.features:
             raise UnknownNameError(f"The scores have no feature {name!r}; {near_matches(name, scores.features)}")
-        refuse_other_space(parts.metadata, bank.space)
+        refuse_other_space(parts.metadata, bank)
         if bank.space != scores.space:
             raise InputError(f"Expected texts of the space of the scores, {scores.space!r}; got {bank.space!r}.")
     if not features:
