@@ -664,6 +664,8 @@ def test_another_model_cut_or_space_is_refused(tmp_path):
     for name, other in (("model", "dino"), ("weights", "2e"), ("by", "layer"), ("of", "logits")):
         with pytest.raises(InputError, match=f"{name}='{said[name]}'.*{name}='{other}'"):
             Aligner.load(tmp_path / "aligner", for_=replace(parts, metadata=said | {name: other}))
+    with pytest.raises(InputError, match=r"'2e'\. It was probably made for another model: .* in the same precision"):
+        Aligner.load(tmp_path / "aligner", for_=replace(parts, metadata=said | {"weights": "2e"}))
     with pytest.raises(InputError, match=r"'clip-b'.*'clip-a'"):
         Aligner.load(tmp_path / "aligner", space="clip-b")
     with pytest.raises(InputError, match="'L0H2' is in only one"):

@@ -17,10 +17,12 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny_models import perturb
 
 from vitdecomp_lens import HookedViT, testbed, weights
+from vitdecomp_lens.certificate import WIDTH
 from vitdecomp_lens.cli import main
 from vitdecomp_lens.clip.alignment import Aligner, AlignmentReport
 from vitdecomp_lens.collect import collect as collect_into
 from vitdecomp_lens.commands import align
+from vitdecomp_lens.commands.models import UNTRAINED, named_clip, origin_of
 from vitdecomp_lens.commands.showing import Pace
 from vitdecomp_lens.store import Store
 from vitdecomp_lens.testbed.models import build
@@ -65,8 +67,12 @@ def test_scenes_are_collected_and_aligned(models, tmp_path, capsys):
     capsys.readouterr()
     fit = ["align", str(store), "--out", str(aligner), "--method", "unconstrained", "--epochs", "2"]
     assert main(fit) == 0
-    assert "distance" in capsys.readouterr().out
+    shown = capsys.readouterr().out
     fitted = Aligner.load(aligner)
+    assert re.search(rf"cosine distance +│ +{fitted.fit_report.cosine_distance:.4g} │", shown)
+    assert re.search(rf"norm order, images +│ +{fitted.fit_report.within:.2%} │", shown)
+    assert "match rate" not in shown
+    assert max(map(len, shown.splitlines())) <= WIDTH
     assert fitted.components == collected.components
     assert fitted.space == collected.space
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["aligner.safetensors"]
@@ -115,6 +121,12 @@ def test_a_folder_with_an_unreadable_image(models, tmp_path, capsys):
         (["testbed:test:5", "--model", "ViT-B-16"], "add --open-clip"),
         (["testbed:test:5", "--model", "testbed/deit", "--clip-pretrained", "openai"], "give --clip NAME"),
         (["testbed:test:5", "--model", "testbed/deit", "--device", "cuda:77"], "is none"),
+        (["testbed:test:5", "--model", "testbed/deit", "--clip", "ViT-B-32"], "Give --clip-pretrained TAG, such as"),
+        (["testbed:test:5", "--model", "testbed/deit", "--clip", "ViT-B-33"], "did you mean 'ViT-B-3"),
+        (
+            ["testbed:test:5", "--model", "testbed/deit", "--clip", "testbed/clip", "--clip-pretrained", "openai"],
+            "leave out --clip-pretrained",
+        ),
         (["testbed:test:5", "--model", "testbed/deit", "--keep", "embeddings"], "expected clip="),
     ],
 )
@@ -122,6 +134,40 @@ def test_what_cannot_be_collected_is_said(models, tmp_path, capsys, arguments, m
     assert main(["collect", *arguments, "--out", str(tmp_path / "store")]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "store").exists()
+
+
+def test_a_model_without_weights_is_told(tmp_path, capsys):
+    out = tmp_path / "store"
+    assert main(["collect", "testbed:test:2", "--model", "test_vit", "--by", "layer", "--out", str(out)]) == 0
+    assert "Note: the model has random initial values. Give --pretrained" in " ".join(capsys.readouterr().err.split())
+    fit = ["align", str(out), "--out", str(tmp_path / "aligner"), "--model", "test_vit", "--clip", "ViT-B-32"]
+    assert main(fit) == 2
+    assert "Expected --model to be the model that the store" in " ".join(capsys.readouterr().err.split())
+
+
+def test_random_weights_of_an_open_clip_are_no_clip_even_where_they_are_the_models(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(weights, "create_open_clip", lambda name, pretrained: build("clip"))
+    asked = ["collect", "testbed:test:2", "--model", "ViT-B-32", "--open-clip", "--clip", "ViT-B-32"]
+    assert main([*asked, "--out", str(tmp_path / "store")]) == 2
+    assert "in the space of random ones texts mean nothing" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "store").exists()
+
+
+def test_names_that_bring_weights_along_need_no_others(monkeypatch):
+    asked = []
+
+    def create(name, pretrained):
+        asked.append((name, pretrained))
+        return build("clip")
+
+    monkeypatch.setattr(weights, "create_open_clip", create)
+    for name, tag in (("hf-hub:some/clip", None), ("ViT-B-32", "openai")):
+        named_clip(name, tag)
+    assert asked == [("hf-hub:some/clip", None), ("ViT-B-32", "openai")]
+    options = argparse.Namespace(weights=None, pretrained=None)
+    assert origin_of("hf-hub:some/clip", options, open_clip=True) == "open_clip's, pretrained"
+    assert origin_of("ViT-B-32", options, open_clip=True) == UNTRAINED
+    assert origin_of("testbed/deit", options) != UNTRAINED
 
 
 def test_a_clip_that_is_the_model_is_loaded_once(models, tmp_path):

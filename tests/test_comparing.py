@@ -1,5 +1,6 @@
 """Comparing models, against plain formulas in double precision."""
 
+import inspect
 import itertools
 import math
 
@@ -500,7 +501,7 @@ def constants_only():
         (lambda: compare_models({"a": heads()}, {"a": bank(2)}, draws=0), "draws= of at least 1"),
         (lambda: linear_cka(normal(5, 2), normal(6, 2)), "got 5 and 6"),
         (lambda: linear_cka(normal(3, 2), normal(3, 2)), "at least 4"),
-        (lambda: compare_models({}, {"a": bank(2)}), "at least one model"),
+        (lambda: compare_models({}, {"a": bank(2)}), "at least one model.*got none"),
         (lambda: compare_models({"a": heads()}, {"a": bank(2)}, by="texts"), "with bank="),
         (lambda: compare_models({"a": heads()}, {"a": bank(2)}, by="kca"), "got 'kca'"),
     ],
@@ -508,6 +509,11 @@ def constants_only():
 def test_what_cannot_be_compared_is_refused(call, says):
     with pytest.raises(InputError, match=says):
         call()
+
+
+def test_models_without_names_are_refused_where_types_are_not_checked():
+    with pytest.raises(InputError, match=r"as \{name: decomposition\}; got a list"):
+        inspect.unwrap(compare_models)([heads(), heads()], {"a": bank(2)})
 
 
 def test_another_space_is_refused():

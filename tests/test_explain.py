@@ -385,6 +385,15 @@ def test_patches_prefix_and_no_token_add_up_in_every_row(model, by, count):
     assert (max(biased) > 1e-3) == (by != "head")
 
 
+def test_an_explanation_is_short(explanation):
+    told = repr(explanation)
+    assert len(told) < 300
+    assert f"{explanation.name} ({explanation.index}), logit {explanation.logit:+.2f};" in told
+    most = sorted((one for one in explanation.contributions if one.kind != "constant"), key=lambda one: -abs(one.score))
+    assert all(f"{one.component} {one.score:+.2f}" in told for one in most[:5])
+    assert f"{most[5].component} " not in told.split(";")[1]
+
+
 def test_shares_of_what_is_nearly_zero_are_not_shown(explanation):
     largest = max(abs(one.score) for one in explanation.contributions)
     for share, told in ((0.049, False), (-0.049, False), (0.0, False), (0.051, True), (-0.051, True)):

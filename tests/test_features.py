@@ -469,6 +469,7 @@ def test_what_cannot_be_scored_is_refused():
         (lambda: text_null(parts, features, features["two"], draws=0), "draws= of at least 1"),
         (lambda: text_null([parts], features, features["two"]), "got list"),
         (lambda: hand_made().select("colour", against=["colour", "shape"]), "other features than 'colour'"),
+        (lambda: hand_made().select("colour", against="colour"), r"got \['colour'\]"),
         (lambda: hand_made().top("colour", 0), "k= of at least 1"),
         (lambda: hand_made().top("colour", by="norm"), "got by='norm'"),
         (lambda: hand_made().significant("colour"), "permutations= above 0"),

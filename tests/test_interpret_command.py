@@ -59,6 +59,7 @@ def stores(tmp_path_factory):
     for name, tree in trees.items():
         (folder / f"{name}.json").write_text(json.dumps({"some": tree} if name == "strange" else tree))
     (folder / "twice.txt").write_text("a red object\n\na red object \n")
+    (folder / "empty.txt").write_text("\n \n")
     (folder / "texts.txt").write_text("a red object\n\n a blue star \nan object on water\n")
     return folder
 
@@ -126,6 +127,17 @@ def test_a_constant_says_nothing(stores, tmp_path, capsys):
     assert answered(answer, "component")["components"]["aligner.bias"]["texts"] == []
 
 
+def test_what_a_constant_says_is_qualified(stores, capsys):
+    asked = ["--texts", str(stores / "texts.txt"), "--resamples", "0", "--steps", "1"]
+    constants = in_clip(stores)[0].select(kind="constant")
+    varies = constants.labels[int(constants.values.var(1).sum(-1).argmax())]
+    for label, constant in ((varies, True), ("L3H1", False)):
+        assert main(["interpret", "component", str(stores / "clip"), label, *asked]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"What {label} says" in printed
+        assert ("varies by the norm's 1/σ only" in printed) == constant
+
+
 def test_a_model_is_decomposed_on_the_spot(stores, tmp_path):
     texts = ["a red object", "a blue star", "an object on water"]
     asked = ["--texts", str(stores / "texts.txt"), "--resamples", "0", "--json", str(tmp_path / "said.json")]
@@ -167,6 +179,10 @@ def test_features_are_ranked(stores, tmp_path, capsys):
         assert [one["component"] for one in ranked] == [label for label, _ in scores.top(name, 3)]
         for one in ranked:
             expected = scores.score(one["component"], name)
+            chance = scores.correlation_chance[scores.labels.index(one["component"]), scores.features.index(name)]
+            assert one["correlation"]["chance"] == pytest.approx(float(chance), abs=1e-3)
+            assert f" {one['correlation']['chance']:+.2f} " in printed
+            assert "margin" not in one
             assert one["correlation"]["value"] == pytest.approx(expected.value, abs=1e-3)
             assert one["correlation"]["low"] == pytest.approx(expected.low, abs=1e-3)
             share = scores.score(one["component"], name, by="covariance").value / float(
@@ -175,7 +191,19 @@ def test_features_are_ranked(stores, tmp_path, capsys):
             assert one["share"]["value"] == pytest.approx(share, abs=1e-3)
 
 
-def test_a_feature_is_held_against_others(stores, tmp_path):
+def test_the_least_p_value_is_told_as_a_bound(stores, capsys):
+    """Of shuffled images none is as extreme as the true ones, so that p is 1 / orders, and no more is known."""
+    assert main(["interpret", "feature", str(stores / "clip"), "colour", "--top", "30"]) == 0
+    printed = capsys.readouterr().out
+    scores = score_features(
+        in_clip(stores)[0], {"colour": text_bank(original("clip"), features()["colour"], templates=TEMPLATES)}
+    )
+    least = int((scores.correlation_p * scores.orders).round().eq(1).sum())
+    assert least > 0
+    assert printed.count(f"≤ {1 / scores.orders:.2g} ") == least
+
+
+def test_a_feature_is_held_against_others(stores, tmp_path, capsys):
     asked = ["--resamples", "20", "--json", str(tmp_path / "told.json"), "--top", "2", "--by", "covariance"]
     assert main(["interpret", "feature", str(stores / "clip"), "shape", "--against", "colour", "size", *asked]) == 0
     clip = original("clip")
@@ -185,6 +213,15 @@ def test_a_feature_is_held_against_others(stores, tmp_path):
     assert list(told["features"]) == ["shape"]
     found = [one["component"] for one in told["features"]["shape"]]
     assert tuple(found) == scores.select("shape", k=2, by="covariance")
+    margins = [one["margin"] for one in told["features"]["shape"]]
+    expected = scores.margins("shape", by="covariance")
+    assert margins == pytest.approx([float(expected[scores.labels.index(label)]) for label in found], rel=1e-3)
+    printed = capsys.readouterr().out
+    assert "Which components carry shape, more than colour or size" in printed
+    assert "…" not in printed, "the table fits"
+    assert all(f"\n{label} " in printed for label in found)
+    assert "minus the largest of those for colour or size." in " ".join(printed.split())
+    assert all(f" {margin:+.2g} " in printed for margin in margins)
 
 
 def test_carriers_are_searched_for_on_both_sides_of_chance(stores, tmp_path, capsys):
@@ -275,7 +312,7 @@ def test_patches_are_those_of_the_model(stores, tmp_path, capsys):
             amounts = [patch.amount for patch in of]
             assert [patch["amount"] for patch in one["patches"]] == pytest.approx(amounts, abs=1e-2 * max(amounts))
             assert one["patches"][0]["rectangle"] == list(of[0].rectangle)
-            assert f"{of[0].name} {amounts[0]:+.1f}" in " ".join(printed.replace("│", " ").split())
+            assert f"{of[0].name}:{amounts[0]:+.1f}" in " ".join(printed.replace("│", " ").split())
 
 
 def test_an_image_is_split_among_concepts(stores, tmp_path, capsys):
@@ -308,6 +345,21 @@ def test_an_image_is_split_among_concepts(stores, tmp_path, capsys):
             assert sum(one["own"] for one in split["concepts"]) + split["remainder"] == pytest.approx(1, abs=1e-5)
             assert f"What {name} is made of" in printed
         assert "(remainder)" in printed
+        assert "shares under 3 % are counted together" in " ".join(printed.split())
+        asked_all = ["--threshold", "0.5", *asked, *more]
+        assert main(["interpret", "image", str(stores / "deit"), "test:0:5", "test:0:2", *asked_all]) == 0
+        trees = capsys.readouterr().out.split("is made of\n")[1:]
+        for image, tree_shown in enumerate(trees):
+            lines = tree_shown.split("\nShare:")[0].splitlines()
+            expected = found.show(image, threshold=0.005).splitlines()[1:]
+            assert [line.split(" % ")[1] for line in lines] == [line.split(" % ")[1] for line in expected]
+
+
+@pytest.mark.parametrize("share", ["-1", "101", "nan", "few"])
+def test_a_threshold_is_a_percentage(share, capsys):
+    with pytest.raises(SystemExit):
+        main(["interpret", "image", "store", "test:0:5", "--threshold", share])
+    assert f"from 0 to 100; got '{share}'" in capsys.readouterr().err
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -382,7 +434,14 @@ def test_images_are_paired_by_what_they_are_called(stores, tmp_path):
         (["component", "L0H0", "--model", "test_vit"], "Expected --source"),
         (["component", "{}/clip", "L0H0", "--clip", "ViT-B-17"], "did you mean 'ViT-B-1"),
         (["component", "{}/clip", "L0H0", "--clip-pretrained", "openai"], "leave out --clip-pretrained"),
+        (["component", "{}/clip", "L0H0", "--clip", "ViT-B-32"], "Give --clip-pretrained TAG"),
+        (["component", "L0H0", "--model", "testbed/deit", "--images", "2"], "of 'testbed/deit' are not those"),
+        (["component", "L0H0", "--model", "testbed/deit", "--images", "2"], "shipped: --aligner testbed/deit."),
         (["component", "{}/deit", "L0H0", "--aligner", "{}/texts.txt"], "texts.txt"),
+        (["component", "{}/clip", "L0H0", "--texts", "{}/empty.txt"], "empty.txt', one a line; got none"),
+        (["feature", "{}/clip", "mine={}/empty.txt"], "empty.txt', one a line; got none"),
+        (["feature", "{}/clip", "xyz"], ". For one of your own: xyz=FILE"),
+        (["feature", "{}/clip", "{}/texts.txt"], "texts.txt, with a name for it"),
         (["feature", "{}/clip", "color"], "did you mean 'colour'"),
         (["feature", "{}/clip", "mine={}/none.txt"], "there is no file"),
         (["feature", "{}/clip", "colour", "colour"], "named twice"),
@@ -408,6 +467,22 @@ def test_images_are_paired_by_what_they_are_called(stores, tmp_path):
 def test_what_cannot_be_answered_is_said(stores, capsys, arguments, says):
     assert main(["interpret", *(one.replace("{}", str(stores)) for one in arguments)]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_options_of_the_command_line_are_explained(capsys):
+    for question, says in (
+        ("compare", "may be repeated, once for each model"),
+        ("component", "with testbed/clip also objects or captions"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["interpret", question, "--help"])
+        assert says in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_without_weights_is_told(stores, capsys):
+    asked = ["interpret", "component", "L0H0", "--model", "test_vit", "--source", "testbed:test:2"]
+    assert main(asked) == 2
+    assert "Note: the model has random initial values." in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_aligner_of_another_model_is_refused(stores, tmp_path, capsys):

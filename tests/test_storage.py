@@ -177,6 +177,14 @@ def test_a_file_of_another_kind_is_named(path):
     )
 
 
+def test_a_chunk_of_a_store_is_no_file_of_its_own(path):
+    storage.write(path, kind="chunk of a store", tensors={"values": torch.zeros(1)}, header={})
+    assert refusal(path) == (
+        f"Expected a stored Decomposition at {path}; it holds a chunk of a store. Name the store's folder instead, "
+        f"which Store(folder) opens."
+    )
+
+
 def test_a_safetensors_file_of_others_is_named(path):
     save_file({"values": torch.ones(2, 1, 3)}, path)
     assert refusal(path) == (

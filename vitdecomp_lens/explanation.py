@@ -88,7 +88,7 @@ class Heatmap:
     values: Float[Tensor, "row column"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """What wrote the logit of one class, for one photograph.
 
@@ -127,6 +127,11 @@ class Explanation:
     top: tuple[Heatmap, ...]
     gap: float
     question: str = ""
+
+    def __repr__(self) -> str:
+        most = ", ".join(f"{one.component} {one.score:+.2f}" for one in self.strongest(5))
+        relative = " above the mean logit" if self.relative else ""
+        return f"Explanation({printable(self.image)}: {self.answer}, logit {self.logit:+.2f}{relative}; {most})"
 
     @property
     def by_label(self) -> dict[str, Contribution]:

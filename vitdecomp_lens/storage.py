@@ -194,10 +194,13 @@ def _header(path: Path, kind: str, metadata: Mapping[str, str], again: str) -> t
             f"Expected a stored {kind} of version {VERSION} or older at {path}; it has version {content['version']}. "
             f"Read it with a newer vitdecomp_lens."
         )
-    if content["kind"] != kind:
-        raise StoreError(
-            f"Expected a stored {kind} at {path}; it holds another kind. Use {content['kind']}.load(path)."
-        )
+    if (found := content["kind"]) != kind:
+        if found.endswith("of a store"):  # a part, which is no class that could load it
+            raise StoreError(
+                f"Expected a stored {kind} at {path}; it holds a {found}. Name the store's folder instead, which "
+                f"Store(folder) opens."
+            )
+        raise StoreError(f"Expected a stored {kind} at {path}; it holds another kind. Use {found}.load(path).")
     return content["header"], content["crc32"]
 
 

@@ -32,8 +32,9 @@ __all__ = ["Aligner", "AlignmentReport", "AlignmentSource", "FitProgress"]
 _OF_A_MODEL = ("model", "weights", "by", "of")
 _FIT = "Fit an aligner on the same model and cut."
 _REMEDY = {
-    "weights": "Load the weights that it was fitted with, in the same precision, or fit an aligner on these; "
-    "weights_hash(model) of vitdecomp_lens.weights tells them apart."
+    "weights": "It was probably made for another model: take the aligner of this one, or fit one to it. If it is the "
+    "same model, load the weights that it was fitted with, in the same precision; weights_hash(model) of "
+    "vitdecomp_lens.weights tells them apart."
 }
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from vitdecomp_lens import weights
 from vitdecomp_lens.class_match import class_bank, class_match, class_vectors, matched
 from vitdecomp_lens.class_names import ClassNames
 from vitdecomp_lens.clip import TextBank
@@ -24,8 +24,8 @@ from vitdecomp_lens.clip.sources import Chunk, held_out_mask
 from vitdecomp_lens.clip.templates import SIMPLE
 from vitdecomp_lens.clip.text_embedding import space_of
 from vitdecomp_lens.commands.collect import device_named
-from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, positive
-from vitdecomp_lens.commands.showing import Pace, bar
+from vitdecomp_lens.commands.models import TESTBED, add_weights, named_clip, named_model, note_untrained, positive
+from vitdecomp_lens.commands.showing import Pace, bar, tables
 from vitdecomp_lens.components import Component
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.explanation import printable
@@ -103,10 +103,30 @@ def run(options: argparse.Namespace, errors: Console) -> int:
         aligner = classes.matched(aligner, store, options.seed)
     aligner.save(out)
     checkpoint.unlink(missing_ok=True)
-    Console().print(Text(repr(aligner.fit_report)), soft_wrap=True)
+    assert aligner.fit_report is not None
+    tables().print(_table(aligner.fit_report))
     _warn_of_few(aligner, errors)
     errors.print(Text(f"Written to {printable(str(out))}: fitted in {seconds:.1f} s."), soft_wrap=True)
     return 0
+
+
+def _table(report: AlignmentReport) -> Table:
+    """What was found on the images held out, as a few lines that say what is good."""
+    count, components = len(report.distances), len(report.labels)
+    title = f"The aligner on {count} {'image' if count == 1 else 'images'} held out"
+    table = Table(title=Text(title, style="bold"), title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("meaning")
+    table.add_row("cosine distance", f"{report.cosine_distance:.4g}", "from CLIP's embeddings; 0 is best")
+    residual = f"on average over {components} components; 0 is best"
+    table.add_row("isometry residual", f"{report.mean_isometry:.2g}", residual)
+    table.add_row("norm order, images", f"{report.within:.2%}", "pairs of images whose order changed")
+    table.add_row("norm order, components", f"{report.across:.2%}", "pairs of components whose order changed")
+    if report.match_rate is not None:
+        by_chance = "" if report.match_by_chance is None else f"; by chance {report.match_by_chance:.3f}"
+        table.add_row("match rate", f"{report.match_rate:.3f}", f"classes found by texts{by_chance}")
+    return table
 
 
 def _warn_of_few(aligner: Aligner, errors: Console) -> None:
@@ -224,7 +244,8 @@ def _classes(options: argparse.Namespace, store: Store, errors: Console) -> _Cla
         return None
     if options.model is None or options.clip is None:
         raise InputError("A match rate needs both models of the store: give --model NAME and --clip NAME.")
-    model, _ = named_model(options.model, options)
+    model, origin = named_model(options.model, options)
+    note_untrained(origin, errors)
     _refuse_other(store.metadata.get("weights"), weights_hash(HookedViT(model)), "--model", options.model)
     vectors = class_vectors(model)
     if vectors is None:
@@ -260,15 +281,13 @@ def _names(model: nn.Module, count: int, file: Path | None) -> list[str]:
 
 def _texts(names: Sequence[str], options: argparse.Namespace, store: Store) -> TextBank:
     """A text for each class; of names that several classes have, one."""
+    clip = named_clip(options.clip, options.clip_pretrained)
+    _refuse_other(store.space, space_of(clip), "--clip", options.clip)
     if not options.clip.startswith(TESTBED):
-        clip = weights.create_open_clip(options.clip, pretrained=options.clip_pretrained)
-        _refuse_other(store.space, space_of(clip), "--clip", options.clip)
         return TextBank.from_open_clip(clip, dict.fromkeys(names), templates=SIMPLE, tokenizer=_tokenizer(options.clip))
     from vitdecomp_lens import testbed
     from vitdecomp_lens.testbed import aligners
 
-    clip = testbed.load_original(options.clip.removeprefix(TESTBED))
-    _refuse_other(store.space, space_of(clip), "--clip", options.clip)
     if tuple(names) == testbed.CLASSES:
         return aligners.class_names(clip)  # what they are called in scenes
     return TextBank.from_open_clip(clip, dict.fromkeys(names), tokenizer=testbed.tokenize)

@@ -12,9 +12,16 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from vitdecomp_lens import weights
 from vitdecomp_lens.collect import KEEP, Gather, Store, collect
-from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, positive
+from vitdecomp_lens.commands.models import (
+    TESTBED,
+    UNTRAINED,
+    add_weights,
+    named_clip,
+    named_model,
+    note_untrained,
+    positive,
+)
 from vitdecomp_lens.commands.showing import Pace
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.explanation import printable
@@ -66,7 +73,7 @@ def run(options: argparse.Namespace, errors: Console) -> int:
     source = source_of(options.source)
     device = device_named(options.device)
     with Pace(errors) as pace:
-        model, clip = _models(options)
+        model, clip = _models(options, errors)
         for module in (model, clip):
             if module is not None:
                 module.to(device)
@@ -127,22 +134,19 @@ def device_named(name: str | None) -> torch.device:
         raise InputError(f"Expected --device as a device of this machine; {name!r} is none: {error}.") from error
 
 
-def _models(options: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:
+def _models(options: argparse.Namespace, errors: Console) -> tuple[nn.Module, nn.Module | None]:
     """The model, and the CLIP, which are one object where they are the same: then it runs once."""
-    model, _ = named_model(options.model, options, open_clip=options.open_clip)
+    if options.clip is None and options.clip_pretrained:
+        raise InputError("--clip-pretrained names the weights of a CLIP: give --clip NAME, too.")
+    model, origin = named_model(options.model, options, open_clip=options.open_clip)
+    note_untrained(origin, errors)
     if options.clip is None:
-        if options.clip_pretrained:
-            raise InputError("--clip-pretrained names the weights of a CLIP: give --clip NAME, too.")
         return model, None
     from_testbed = options.clip.startswith(TESTBED)
     same = options.clip == options.model and options.clip_pretrained == options.pretrained and not options.weights
-    if same and (from_testbed or options.open_clip):
+    if same and (from_testbed or options.open_clip) and origin != UNTRAINED:
         return model, model
-    if from_testbed:
-        from vitdecomp_lens import testbed
-
-        return model, testbed.load_original(options.clip.removeprefix(TESTBED))
-    return model, weights.create_open_clip(options.clip, pretrained=options.clip_pretrained)
+    return model, named_clip(options.clip, options.clip_pretrained)
 
 
 def _gather(options: argparse.Namespace) -> Gather | None:

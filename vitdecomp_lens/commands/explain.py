@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, positive
+from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, note_untrained, positive
 from vitdecomp_lens.commands.showing import bar, say_error, tables
 from vitdecomp_lens.commands.writing import PictureNames, check_folder, unwritable
 from vitdecomp_lens.errors import InputError
@@ -133,11 +133,7 @@ class ExplanationsFile:
 
 def _explainer(options: argparse.Namespace, errors: Console) -> Explainer:
     model, origin = named_model(options.model, options)
-    if origin == "initial values":
-        note = (
-            "Note: the model has random initial values. Give --pretrained, or --weights FILE, to explain a trained one."
-        )
-        errors.print(Text(note), soft_wrap=True)
+    note_untrained(origin, errors)
     class_names = None
     if options.class_names:
         try:

@@ -41,7 +41,8 @@ Parts = Decomposition | Iterable[Decomposition]
 def refuse_features(features: Mapping[str, TextBank]) -> None:
     """Refuse what are no features, or are of different spaces."""
     if not isinstance(features, Mapping) or not features:
-        raise InputError("Expected at least one feature, as {'colour': bank.select([...])}; got none.")
+        got = f"a {type(features).__name__}" if features else "none"
+        raise InputError(f"Expected at least one feature, as {{'colour': bank.select([...])}}; got {got}.")
     for name, bank in features.items():
         if not isinstance(bank, TextBank):
             raise InputError(f"Expected a TextBank for each feature; that of {name!r} is a {type(bank).__name__}.")

@@ -31,6 +31,10 @@ from vitdecomp_lens.interpret.stability import LabelStability, label_stability
 from vitdecomp_lens.interpret.text_span import VARIANTS, text_span
 
 ABOUT = "Share: of the component's variance over images, in the span of the texts so far."
+OF_CONSTANTS = (
+    "It is a constant, which varies by the norm's 1/σ only, so that one text may say all of it. Where constants go "
+    "under an aligner is an assumption (docs/align.md)."
+)
 ABOUT_AGAIN = "Again: how often the text is chosen from images drawn again ({resamples} times); by chance {chance:.2f}."
 
 
@@ -81,8 +85,9 @@ def run(options: argparse.Namespace, errors: Console) -> int:
         images = _top_images(spans, parts, subject, options.top_images)
     console = tables()
     answer = {label: _told(spans, stability, label, images[label]) for label in spans.labels}
+    constants = {component.label for component in parts.components if component.kind == "constant"}
     for label, told in answer.items():
-        console.print(_table(label, told, spans, stability))
+        console.print(_table(label, told, spans, stability, constant=label in constants))
         if told["images"]:
             console.print(_image_table(told))
         console.print()
@@ -134,12 +139,16 @@ def _told(spans: Spans, stability: LabelStability | None, label: str, images: li
     return {"rank": int(spans.ranks[row]), "texts": told, "again_by_chance": chance, "images": images}
 
 
-def _table(label: str, told: dict[str, Any], spans: Spans, stability: LabelStability | None) -> Table | Text:
+def _table(
+    label: str, told: dict[str, Any], spans: Spans, stability: LabelStability | None, *, constant: bool
+) -> Table | Text:
     if not told["texts"]:
         return nothing(f"{label} says nothing", "It does not vary over images.")
     about = ABOUT
     if stability is not None:
         about += " " + ABOUT_AGAIN.format(resamples=len(stability.jaccard), chance=told["again_by_chance"])
+    if constant:
+        about += " " + OF_CONSTANTS
     facts = f"{spans.images} images, {told['rank']} dimensions, {len(spans.bank)} texts. {about}"
     table = titled(f"What {label} says", facts)
     table.add_column("", justify="right")

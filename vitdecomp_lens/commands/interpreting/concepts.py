@@ -1,6 +1,7 @@
 """An image as a tree of concepts, on the command line."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from vitdecomp_lens.interpret.hierarchy import SIGNS, ConceptParts, ConceptTree
 
 ABOUT = (
     "Share: of the squared length of the image's representation, minus the mean over {images} images; a concept's is "
-    "what it has with all that refines it, (own) what it has beside them. Small shares are counted together."
+    "what it has with all that refines it, (own) what it has beside them. Below the first level, "
+    "shares under {threshold:g} % are counted together."
 )
+
+THRESHOLD = 3.0  # percent
 
 
 def add_tree(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +28,19 @@ def add_tree(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tree", type=Path, metavar="FILE", help=tree)
     signs = "whether amounts of concepts may be negative (any) or not (positive, the default)"
     parser.add_argument("--signs", choices=SIGNS, default="positive", help=signs)
+    threshold = f"the share, in percent, below which concepts are counted together ({THRESHOLD:g})"
+    parser.add_argument("--threshold", type=_percent, default=THRESHOLD, metavar="PERCENT", help=threshold)
+
+
+def _percent(text: str) -> float:
+    """A share in percent, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"expected a percentage from 0 to 100; got {text!r}")
+    return value
 
 
 def directions(tree: ConceptTree, words: Words) -> TextBank:
@@ -38,10 +55,11 @@ def directions(tree: ConceptTree, words: Words) -> TextBank:
     return words.embedded(texts).centred()
 
 
-def shown(found: ConceptParts, image: int, name: str, others: int) -> Text:
-    """The tree of an image."""
-    lines = [printable(line) for line in found.show(image).splitlines()[1:]]  # the first has the image's number
-    title, about = f"What {printable(name)} is made of", ABOUT.format(images=others)
+def shown(found: ConceptParts, image: int, name: str, others: int, threshold: float) -> Text:
+    """The tree of an image; concepts of less than ``threshold`` percent are counted together."""
+    whole = found.show(image, threshold=threshold / 100)
+    lines = [printable(line) for line in whole.splitlines()[1:]]  # the first has the image's number
+    title, about = f"What {printable(name)} is made of", ABOUT.format(images=others, threshold=threshold)
     return Text.assemble((title, "bold"), "\n", "\n".join(lines), "\n", (about, "dim"))
 
 

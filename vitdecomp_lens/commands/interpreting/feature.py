@@ -4,6 +4,7 @@ import argparse
 from contextlib import ExitStack
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,9 +18,11 @@ from vitdecomp_lens.interpret.features import FeatureScores, score_features
 
 ABOUT = (
     "Correlation: over images, of what the component writes along the feature with what the whole model writes there. "
-    "Share: of the variance along the feature, by covariance; the shares of all components sum to 100 %. p: how often "
-    "chance is as far from its average, above it or below."
+    "Chance: what it is on average with images in another order; a large part of the whole correlates with it in any "
+    "case. Share: of the variance along the feature, by covariance; the shares of all components sum to 100 %. p: how "
+    "often chance is as far from its average, above it or below."
 )
+MARGIN = "Margin: its {by} minus the largest of those for {others}."
 BESIDE: tuple[Side, ...] = ("above", "below")
 RESAMPLES = 1000
 
@@ -70,9 +73,9 @@ def run(options: argparse.Namespace, errors: Console) -> int:
     shown = {name: _ranked(scores, name, options) for name in features}
     console = tables()
     for name, ranked in shown.items():
-        console.print(_table(scores, name, ranked, len(features[name])))
+        console.print(_table(scores, name, ranked, len(features[name]), options))
         console.print()
-    answer = {name: [_told(scores, name, label) for label in ranked] for name, ranked in shown.items()}
+    answer = {name: [_told(scores, name, label, options) for label in ranked] for name, ranked in shown.items()}
     facts = {"space": scores.space, "images": scores.images, "by": options.by, "against": options.against}
     facts |= {"resamples": scores.resamples, "orders": scores.orders}
     beside = {f"{side}_chance": {name: scores.significant(name, side=side) for name in features} for side in BESIDE}
@@ -86,22 +89,31 @@ def _ranked(scores: FeatureScores, feature: str, options: argparse.Namespace) ->
     return tuple(label for label, _ in scores.top(feature, options.top, by=options.by))
 
 
-def _table(scores: FeatureScores, feature: str, ranked: tuple[str, ...], texts: int) -> Table:
+def _table(
+    scores: FeatureScores, feature: str, ranked: tuple[str, ...], texts: int, options: argparse.Namespace
+) -> Table:
     above, below = (len(scores.significant(feature, side=side)) for side in BESIDE)
     found = f"Of {len(scores)} components {above} correlate more than by chance, {below} less, 5 % of these by mistake"
-    table = titled(f"Which components carry {feature}", f"{texts} texts, {scores.images} images. {found}. {ABOUT}")
+    facts, others = f"{texts} texts, {scores.images} images. {found}. {ABOUT}", " or ".join(options.against)
+    title = f"Which components carry {feature}"
+    if others:
+        title, facts = f"{title}, more than {others}", f"{facts} {MARGIN.format(by=options.by, others=others)}"
+    table = titled(title, facts)
     table.add_column("component")
-    for heading in ("correlation", "interval", "p", "share", "interval"):
+    table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, (0, 0)  # so that 80 characters are enough
+    for heading in (*(["margin"] if others else []), "corre-\nlation", "interval", "chance", "p", "share", "interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label in ranked:
-        one = _told(scores, feature, label)
+        one = _told(scores, feature, label, options)
         correlation, share = one["correlation"], one["share"]
         table.add_row(
             *cells(
                 label,
+                *([f"{one['margin']:+.2{'f' if options.by == 'correlation' else 'g'}}"] if others else []),
                 f"{correlation['value']:+.2f}",
                 f"{correlation['low']:+.2f} to {correlation['high']:+.2f}",
-                f"{correlation['p']:.3f}",
+                f"{correlation['chance']:+.2f}",
+                _p(correlation["p"], scores.orders),
                 f"{100 * share['value']:.1f} %",
                 f"{100 * share['low']:.1f} to {100 * share['high']:.1f}",
             )
@@ -109,12 +121,28 @@ def _table(scores: FeatureScores, feature: str, ranked: tuple[str, ...], texts: 
     return table
 
 
-def _told(scores: FeatureScores, feature: str, label: str) -> dict[str, Any]:
+def _p(value: float, orders: int) -> str:
+    """A p-value as text; there is none below 1 / orders, so that the least one is only a bound.
+
+    >>> _p(0.25, 1000), _p(0.001, 1000)
+    ('0.250', '≤ 0.001')
+    """
+    return f"≤ {1 / orders:.2g}" if value * orders < 1.5 else f"{value:.3f}"
+
+
+def _told(scores: FeatureScores, feature: str, label: str, options: argparse.Namespace) -> dict[str, Any]:
     """One component's scores; covariances as shares of the variance of the whole."""
     correlation, covariance = scores.score(label, feature), scores.score(label, feature, by="covariance")
     whole = float(scores.total[scores.features.index(feature)])
     share = {name: _of(getattr(covariance, name), whole) for name in ("value", "low", "high")}
-    return {"component": label, "correlation": vars(correlation), "share": {**share, "p": covariance.p}}
+    row = scores.labels.index(label)
+    told: dict[str, Any] = {"component": label, "correlation": vars(correlation), "share": {**share, "p": covariance.p}}
+    if scores.correlation_chance is not None:
+        chance = scores.correlation_chance[row, scores.features.index(feature)]
+        told["correlation"] = {**vars(correlation), "chance": float(chance)}
+    if options.against:
+        told["margin"] = float(scores.margins(feature, against=options.against, by=options.by)[row])
+    return told
 
 
 def _of(value: float, whole: float) -> float:

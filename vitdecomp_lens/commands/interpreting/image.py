@@ -37,8 +37,8 @@ from vitdecomp_lens.pictures import INSTALL, can_draw
 
 ABOUT = (
     "Of the image's representation, minus the mean over {images} images. Share: of its squared length, by this text; "
-    "with what no text accounts for, shares sum to 100 %. Amount: how much of the text there is. Components: what they "
-    "add to the amount, the largest first."
+    "with what no text accounts for, shares sum to 100 %; they may be negative. Amount: coefficient of the unit text, "
+    "in units of the CLIP's representation. Components: what they add to the amount, the largest first."
 )
 OF_PATCHES = (
     " Patches: what the three strongest hold along the text, all components together, the mean over images included; "
@@ -126,6 +126,7 @@ class _Answer:
     ) -> None:
         self._top, self._others, self._seen, self._split, self._names = options.top, others, seen, split, pictures
         self._signs: str = options.signs
+        self._threshold: float = options.threshold
         self._images: dict[str, list[dict[str, Any]]] = {}
         self._pictures: dict[str, str] = {}
         self._trees: dict[str, dict[str, Any]] = {}
@@ -141,7 +142,7 @@ class _Answer:
         yield _table(name, self._images[name], self._others)
         if self._split is not None:
             self._trees[name] = concepts.packed(self._split, description.image, self._top)
-            yield concepts.shown(self._split, description.image, name, self._others)
+            yield concepts.shown(self._split, description.image, name, self._others, self._threshold)
 
     def packed(self) -> dict[str, Any]:
         """All of it as JSON has it: phrases; the names of pictures and the concepts, where they were asked for."""
@@ -206,7 +207,7 @@ def _table(name: str, phrases: Sequence[dict[str, Any]], others: int) -> Table |
     for heading in ("components", *(["patches"] if with_patches else [])):
         table.add_column(heading)
     for one in phrases:
-        carried = [", ".join(f"{of['component']} {of['amount']:+.3f}" for of in one["components"])]
+        carried = [", ".join(f"{of['component']}:{of['amount']:+.3f}" for of in one["components"])]  # breaks at ", "
         if with_patches:
             carried.append(patches.told(one["patches"]))
         table.add_row(*cells(one["text"], f"{100 * one['share']:.1f} %", f"{one['amount']:.3f}", *carried))

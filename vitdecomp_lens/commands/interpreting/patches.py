@@ -73,13 +73,13 @@ class Seen:
 
 
 def told(patches: Sequence[Mapping[str, Any]]) -> str:
-    """Patches, as `packed` has them, and what they carry, in words.
+    """Patches, as `packed` has them, and what they carry, in words; without spaces where a line should not break.
 
     Example:
         >>> told([packed(Patch("r2c3", (16.0, 24.0, 24.0, 32.0), 0.25))])
-        'r2c3 +0.25'
+        'r2c3:+0.25'
     """
-    return ", ".join(f"{patch['patch']} {patch['amount']:+.2f}" for patch in patches)
+    return ", ".join(f"{patch['patch']}:{patch['amount']:+.2f}" for patch in patches)
 
 
 def packed(patch: Patch) -> dict[str, Any]:

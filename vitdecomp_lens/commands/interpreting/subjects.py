@@ -15,7 +15,7 @@ from vitdecomp_lens.clip.alignment import Aligner
 from vitdecomp_lens.collect import Store, collect
 from vitdecomp_lens.commands import collect as collecting
 from vitdecomp_lens.commands.interpreting.words import Words
-from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, positive
+from vitdecomp_lens.commands.models import TESTBED, add_weights, named_model, note_untrained, origin_of, positive
 from vitdecomp_lens.commands.showing import Pace
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
@@ -29,6 +29,8 @@ SCENES = 1000  # that are drawn for a model of the testbed, where nothing else i
 def add_aligner(parser: argparse.ArgumentParser, **options: Any) -> None:
     """Add the option that says how contributions get into the CLIP's space."""
     aligner = "an aligner that 'align' made, or testbed/NAME for one that is shipped; a CLIP's contributions need none"
+    if options.get("action") == "append":
+        aligner += "; may be repeated, once for each model"
     parser.add_argument("--aligner", metavar="FILE", help=aligner, **options)
 
 
@@ -77,14 +79,23 @@ class Subject:
         aligners: Of which the one that was made for this model is taken; contributions of the CLIP that embeds the
             texts need none. ``aligner`` is that one, or None.
         images: How many images to read, evenly spread; None for all.
+        model: The name of the model that was decomposed now, which messages have instead of the store's folder.
 
     Raises:
         InputError: Where no aligner fits, or it leads to another space.
     """
 
-    def __init__(self, store: Store, words: Words, aligners: Sequence[Aligner], images: int | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        words: Words,
+        aligners: Sequence[Aligner],
+        images: int | None = None,
+        *,
+        model: str | None = None,
+    ) -> None:
         self.store, self._space = store, words.space
-        self.aligner = _fitting(store, words, aligners)
+        self.aligner = _fitting(store, words, aligners, model)
         count = store.count if images is None else min(images, store.count)
         self.rows = [place * store.count // count for place in range(count)]
 
@@ -162,13 +173,14 @@ def subject_of(
     """
     aligners = [] if options.aligner is None else [load_aligner(options.aligner)]
     if path is None:
+        note_untrained(origin_of(options.model, options, open_clip=options.open_clip), errors)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitdecomp-lens-")))
         store = _collected(options, model, folder / "store", errors)
     elif options.source is not None:
         raise InputError("--source is for a model that is decomposed now: give --model NAME, or leave it out.")
     else:
         store = Store(path)
-    subject = Subject(store, words, aligners, options.images)
+    subject = Subject(store, words, aligners, options.images, model=None if path is not None else options.model)
     if aligners and subject.aligner is None:
         raise InputError(
             f"Expected no aligner for contributions of the CLIP that embeds the texts, which are in its space as they "
@@ -191,14 +203,14 @@ def _collected(options: argparse.Namespace, model: HookedViT | None, folder: Pat
         return collect(model, images, folder, keep=("contributions", "representations"), progress=pace)
 
 
-def _fitting(store: Store, words: Words, aligners: Sequence[Aligner]) -> Aligner | None:
+def _fitting(store: Store, words: Words, aligners: Sequence[Aligner], model: str | None) -> Aligner | None:
     """The aligner for a store; None for contributions of the CLIP itself."""
     if store.metadata["weights"] == weights_hash(HookedViT(words.clip)):
         return None
     if not aligners:
         raise InputError(
-            f"The contributions of {str(store.path)!r} are not those of the CLIP that embeds the texts: expected "
-            f"--aligner FILE, which takes them into its space. 'vitdecomp-lens align' makes one from a store."
+            f"The contributions of {model or str(store.path)!r} are not those of the CLIP that embeds the texts: "
+            f"expected --aligner FILE, which takes them into its space. {_where_from(model, words)}"
         )
     one, reasons = store.decomposition(0), []
     for aligner in aligners:
@@ -209,3 +221,13 @@ def _fitting(store: Store, words: Words, aligners: Sequence[Aligner]) -> Aligner
         else:
             return aligner
     raise reasons[0]
+
+
+def _where_from(model: str | None, words: Words) -> str:
+    """How to come by an aligner."""
+    if model is not None and model.startswith(TESTBED) and words.of_testbed:
+        from vitdecomp_lens.testbed.aligners import ALIGNED
+
+        if model.removeprefix(TESTBED) in ALIGNED:
+            return f"One is shipped: --aligner {model}."
+    return "'vitdecomp-lens align' makes one from a store."

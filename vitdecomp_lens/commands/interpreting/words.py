@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import nn
 
-from vitdecomp_lens import weights
 from vitdecomp_lens.clip import TextBank, banks, templates
 from vitdecomp_lens.clip.text_embedding import space_of
-from vitdecomp_lens.commands.models import TESTBED
+from vitdecomp_lens.commands.models import TESTBED, named_clip
 from vitdecomp_lens.commands.showing import bar
 from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
 
@@ -32,7 +30,8 @@ def add_clip(parser: argparse.ArgumentParser) -> None:
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """Add the option that says which texts there are to choose from."""
-    texts = "a file of texts, one a line; or a bank: general (the default), or one of its subjects, such as animals"
+    texts = "a file of texts, one a line; or a bank: general (the default); with testbed/clip also objects or captions,"
+    texts += " with a CLIP of open_clip also one of general's subjects, such as animals"
     parser.add_argument("--texts", default=GENERAL, metavar="FILE|BANK", help=texts)
 
 
@@ -45,23 +44,14 @@ class Words:
 
     Raises:
         UnknownNameError: If there is no such CLIP.
-        InputError: If its weights cannot be loaded.
+        InputError: If its weights are not named, or cannot be loaded.
     """
 
     def __init__(self, options: argparse.Namespace, errors: Console) -> None:
         self._name = options.clip or f"{TESTBED}clip"
         self._cache, self._errors = options.text_cache, errors
-        self._of_testbed = self._name.startswith(TESTBED)
-        self.clip = self._loaded(options)
-
-    def _loaded(self, options: argparse.Namespace) -> nn.Module:
-        if not self._of_testbed:
-            return weights.create_open_clip(self._name, pretrained=options.clip_pretrained)
-        if options.clip_pretrained:
-            raise InputError("Models of the testbed come with their weights: leave out --clip-pretrained.")
-        from vitdecomp_lens import testbed
-
-        return testbed.load_original(self._name.removeprefix(TESTBED))
+        self.of_testbed = self._name.startswith(TESTBED)
+        self.clip = named_clip(self._name, options.clip_pretrained)
 
     @cached_property
     def space(self) -> str:
@@ -96,9 +86,10 @@ class Words:
             if name in found:
                 raise InputError(f"Expected every feature once; {name!r} is named twice.")
             if not file and name not in known:
+                own = f"NAME={name}, with a name for it" if Path(name).is_file() else f"{name}=FILE"
                 raise UnknownNameError(
-                    f"There is no feature {name!r}; {near_matches(name, known)} For one of your own: {name}=FILE, a "
-                    f"file of texts, one a line."
+                    f"There is no feature {name!r}; {_near(name, known)} For one of your own: {own}, a file of texts, "
+                    f"one a line."
                 )
             put_into = None if file else self._templates()
             found[name] = self.embedded(_texts_of(file, ()) if file else known[name], put_into)
@@ -126,7 +117,7 @@ class Words:
             )
 
     def _banks(self) -> Mapping[str, Callable[[], Iterable[str]]]:
-        if self._of_testbed:
+        if self.of_testbed:
             from vitdecomp_lens.testbed import banks as of_testbed
 
             return {GENERAL: of_testbed.general, "objects": of_testbed.objects, "captions": of_testbed.captions}
@@ -134,7 +125,7 @@ class Words:
         return {GENERAL: banks.general, **subjects}
 
     def _features(self) -> Mapping[str, tuple[str, ...]]:
-        if self._of_testbed:
+        if self.of_testbed:
             from vitdecomp_lens.testbed import banks as of_testbed
 
             return of_testbed.features()
@@ -142,7 +133,7 @@ class Words:
 
     def _templates(self) -> tuple[str, ...]:
         """What fits the texts of features."""
-        if self._of_testbed:
+        if self.of_testbed:
             from vitdecomp_lens.testbed import banks as of_testbed
 
             return of_testbed.TEMPLATES
@@ -150,7 +141,7 @@ class Words:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        if self._of_testbed:
+        if self.of_testbed:
             from vitdecomp_lens.testbed import tokenize
 
             return tokenize
@@ -166,7 +157,7 @@ def _texts_of(file: str, known: Iterable[str]) -> list[str]:
     """The lines of a file that are not blank."""
     path = Path(file)
     if not path.is_file():
-        hint = f" There is no bank of that name either; {near_matches(file, known)}" if known else ""
+        hint = f" There is no bank of that name either; {_near(file, known)}" if known else ""
         raise UnknownNameError(f"Expected a file of texts, one a line; there is no file {file!r}.{hint}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -181,4 +172,12 @@ def _texts_of(file: str, known: Iterable[str]) -> list[str]:
                 f"Expected each text once; lines {found[text]} and {number} of {file!r} are both {text!r}. Leave one "
                 f"out."
             )
+    if not found:
+        raise InputError(f"Expected at least one text in {file!r}, one a line; got none.")
     return list(found)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """The known names nearest to one, as the end of a sentence."""
+    phrase = near_matches(name, known)
+    return phrase if phrase.endswith("?") else f"{phrase}."

@@ -116,7 +116,7 @@ class Comparison:
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right", parse_math=False)
         axes.set_yticks(range(len(names)), names, parse_math=False)
         measure = next(iter(self.matchings.values())).measure
-        axes.set_title(f"Best matches of heads, above chance\n({measure})", fontsize="medium", parse_math=False)
+        axes.set_title(f"Best matches of heads: best minus chance\n({measure})", fontsize="medium", parse_math=False)
         axes.figure.colorbar(image, ax=axes, shrink=0.8)
 
 
@@ -157,8 +157,9 @@ def compare_models(
         >>> compare_models({"one": one.parts, "two": two.parts}, {"cats": feature}, draws=20)
         Comparison(one, two: 1 features, 1 pairs of models matched)
     """
-    if not models:
-        raise InputError("Expected at least one model, as {name: decomposition}; got none.")
+    if not isinstance(models, Mapping) or not models:
+        got = f"a {type(models).__name__}" if models else "none"
+        raise InputError(f"Expected at least one model, as {{name: decomposition}}; got {got}.")
     if by not in MATCHED_BY or (by == "texts" and bank is None):
         expected = " or ".join(map(repr, MATCHED_BY))
         raise InputError(f"Expected by= as {expected}, the second with bank=, the texts to match by; got {by!r}.")
