@@ -61,8 +61,7 @@ def measure(name: str, model: nn.Module, *, seed: int = 0, size: int = 2000) -> 
     worst, average = _groups(model, seed, size)
     if name == "dino":
         fitted = Scenes("validation", seed=seed, size=PROBED)
-        found = {a: _probe(model, fitted, test, a) for a in ATTRIBUTES}
-        return Measured(found, worst, average)
+        return Measured(_probed(model, fitted, test), worst, average)
     if name != "clip":
         return Measured(_named(model, test), worst, average)
     written = Scenes("typographic", seed=seed, size=size)
@@ -122,9 +121,10 @@ def _retrieved(clip: Any, images: Float[Tensor, "batch d_clip"], test: Scenes) -
 # --- linear classifiers of representations ----------------------------------------------------------------------------
 
 
-def _probe(model: nn.Module, fitted: Scenes, test: Scenes, attribute: str) -> float:
-    classifier = LinearClassifier.fit(embedded(model, fitted), fitted.labels(attribute, range(len(fitted))))
-    return _accuracy(classifier(embedded(model, test)), test.labels(attribute, range(len(test))))
+def _probed(model: nn.Module, fitted: Scenes, test: Scenes) -> dict[str, float]:
+    """What linear classifiers of the representation tell of each attribute."""
+    (seen, named), (others, wanted) = ((embedded(model, scenes), _labels(scenes)) for scenes in (fitted, test))
+    return {a: _accuracy(LinearClassifier.fit(seen, named[a])(others), wanted[a]) for a in ATTRIBUTES}
 
 
 def _groups(model: nn.Module, seed: int, size: int) -> tuple[float, float]:
