@@ -20,7 +20,7 @@ from vitdecomp_lens.clip.moments import Layout, spans_of
 from vitdecomp_lens.clip.objective import METHODS, Objective, nearest_isometry, retract
 from vitdecomp_lens.clip.separating import _turned
 from vitdecomp_lens.clip.sources import MOST_HELD_OUT, Paired, held_out_mask
-from vitdecomp_lens.clip.starting import NormalEquations, isometries, least_squares
+from vitdecomp_lens.clip.starting import NormalEquations, each_alone, isometries, least_squares
 from vitdecomp_lens.components import Component
 from vitdecomp_lens.decomposition import ComponentMaps, Decomposition
 from vitdecomp_lens.errors import InputError, StoreError
@@ -396,6 +396,19 @@ def test_sweeps_end_at_isometries_that_no_other_isometry_of_one_component_better
     assert other >= one * 0.97
     for columns in spans.layout.slices:
         torch.testing.assert_close(maps[columns] @ maps[columns].T, torch.eye(6, dtype=torch.float64))
+
+
+def test_the_first_start_has_the_best_isometry_of_each_component_alone():
+    truth = planted(images=300, components=4, noise=0.5)
+    coordinates, spans = equations(truth)[0].coordinates, equations(truth)[2]
+    maps, table = each_alone(coordinates), coordinates.sample
+    rows, units = ((one - one.mean(0)).numpy() for one in (table.rows[:, :-1], table.units))
+    for columns in spans.layout.slices:
+        left, _, right = np.linalg.svd(rows[:, columns].T @ units, full_matrices=False)
+        np.testing.assert_allclose(maps[columns].numpy(), left @ right, atol=1e-10)
+    written = table.rows @ maps  # the bias: what is written lies, on average, where targets lie, in their own scale
+    scale = (written - written.mean(0)).square().sum() / ((written - written.mean(0)) * table.units).sum()
+    torch.testing.assert_close(written.mean(0), scale * table.units.mean(0))
 
 
 @pytest.mark.parametrize(

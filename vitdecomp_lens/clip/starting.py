@@ -153,12 +153,12 @@ def each_alone(coordinates: Coordinates) -> Maps:
     It is the polar factor of the covariance of what is in the span with the targets.
     """
     table, layout = coordinates.sample, coordinates.spans.layout
-    rows, units = table.rows[:, :-1], table.units
-    means, mean = rows.mean(0), units.mean(0)
-    maps = (rows - means).T @ (units - mean)
+    means, mean = table.rows[:, :-1].mean(0), table.units.mean(0)
+    rows, units = table.rows[:, :-1] - means, table.units - mean
+    maps = rows.T @ units
     retract(maps, layout, exactly=True)
-    written = (rows - means) @ maps
-    along = float((written * (units - mean)).sum())
+    written = rows @ maps
+    along = float((written * units).sum())
     scale = float(written.square().sum()) / along if along > 0 else 1.0
     bias = (scale * mean - means @ maps) / coordinates.unit
     return torch.cat([maps, bias[None]]).double()
