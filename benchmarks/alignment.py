@@ -59,7 +59,7 @@ ROUNDS = {"testbed": 9, "vit_b": 1}
 METHODS = ("compalign", "compalign_paper")
 BATCH, EPOCHS, RATE, DECAY, SCALE = 32, 2, 3e-4, 1e-6, 0.02
 LOOKS = 12  # at images held out, while the recipe runs
-CHUNK, DRAWN = 256, 1000  # images that are made at a time; that are planted at a time
+CHUNK, MADE, DRAWN = 1024, 256, 1000  # images that are read at a time (as from memory); made; and planted
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,9 @@ class Images:
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All of them, in pieces."""
-        for first in range(0, self.count, CHUNK):
-            rows = slice(first, first + CHUNK)
+        chunk = CHUNK if self.spans is None else MADE
+        for first in range(0, self.count, chunk):
+            rows = slice(first, first + chunk)
             yield self.values(rows), self.targets[rows]
 
     def first(self, count: int) -> "Images":
@@ -215,7 +216,7 @@ def _due(looks: list[Look], seconds: float, minutes: float) -> bool:
 def _look(
     images: Images, held_out: Tensor, spans: Spans, maps: Tensor, bias: Tensor, step: int, seconds: float
 ) -> Look:
-    held = torch.nonzero(held_out)[:, 0].to(maps.device).split(CHUNK)
+    held = torch.nonzero(held_out)[:, 0].to(maps.device).split(MADE)
     total = 0.0
     with torch.no_grad():
         for picked in held:

@@ -219,9 +219,9 @@ def _epoch(state: State, objective: Objective, coordinates: Coordinates, schedul
     adam = torch.optim.Adam([maps], lr=state.rate)
     if state.adam:
         adam.state[maps] = {name: tensor.clone() for name, tensor in state.adam.items()}
-    for number, window in enumerate(coordinates.windows()):
-        order = torch.randperm(len(window), generator=_chance(schedule.seed, state.epoch, number))
-        for picked in order.to(maps.device).split(schedule.batch_size):
+    for number, (window, fitted_rows) in enumerate(coordinates.windows()):
+        order = torch.randperm(len(fitted_rows), generator=_chance(schedule.seed, state.epoch, number))
+        for picked in fitted_rows[order.to(maps.device)].split(schedule.batch_size):
             with torch.enable_grad():
                 distance, penalty = objective(maps, window.rows[picked], window.units[picked])
                 (distance + penalty).backward()

@@ -19,6 +19,7 @@ from vitdecomp_lens.errors import InputError
 
 RANK_TOLERANCE = 1e-3
 _LEAST_IMAGES, _IMAGES_PER_DIMENSION = 1024, 8  # that show a span
+_ADDED = 512  # of them, at least, are added at a time
 _AT_ONCE = 2**17  # numbers in the products that are made together
 _ROUNDING = 16  # units in the last place that sums of products in at most single precision are taken to be off
 
@@ -90,26 +91,25 @@ class Moments:
             max_rank: How many directions to keep at most.
         """
         rounding = _summed(rounding)
-        return [
-            _basis(scatter / max(self.count, 1), mean, rounding, tolerance, max_rank)
-            for scatter, mean in zip(self.scatter, self.mean, strict=True)
-        ]
+        variances, directions = torch.linalg.eigh(self.scatter / max(self.count, 1))
+        variances, directions = variances.clamp_min(0).flip(1), directions.flip(2)
+        squares = self.mean.square().sum(1) + variances.sum(1)
+        deviations, sizes = variances.sqrt(), squares.sqrt()
+        ranks = (deviations > torch.maximum(tolerance * deviations[:, 0], rounding * sizes)[:, None]).sum(1).tolist()
+        found = []
+        for mean, axes, rank, size in zip(self.mean, directions, ranks, sizes.tolist(), strict=True):
+            basis = axes[:, :rank]
+            outside = mean - basis @ (basis.T @ mean)
+            if float(outside.norm()) > max(tolerance, rounding) * size and rank < len(mean):
+                basis = torch.cat([basis, (outside / outside.norm())[:, None]], 1)
+                basis = torch.linalg.qr(basis).Q  # being a remainder, it is not quite orthogonal
+            found.append(basis[:, :max_rank])
+        return found
 
 
 def _summed(rounding: float) -> float:
     """What rounding adds to a vector is at most half of this share of its length. Sums are off by more."""
     return max(rounding, _ROUNDING * min(rounding, torch.finfo(torch.float32).eps))
-
-
-def _basis(covariance: Tensor, mean: Tensor, rounding: float, tolerance: float, max_rank: int | None) -> Tensor:
-    variances, directions = torch.linalg.eigh(covariance)
-    deviations, directions = variances.clamp_min(0).sqrt().flip(0), directions.flip(1)
-    size = torch.sqrt(mean @ mean + variances.clamp_min(0).sum())
-    basis = directions[:, deviations > torch.maximum(tolerance * deviations[0], rounding * size)]
-    outside = mean - basis @ (basis.T @ mean)
-    if outside.norm() > max(tolerance, rounding) * size and basis.shape[1] < len(mean):
-        basis = torch.cat([basis, (outside / outside.norm())[:, None]], 1)
-    return torch.linalg.qr(basis[:, :max_rank]).Q  # the last, being a remainder, is not quite orthogonal
 
 
 @dataclass(frozen=True)
@@ -198,14 +198,16 @@ class Spans:
         basis = torch.cat([found[part] for part in layout.order] or [bases[0][:, :0]], 1).to(dtype)
         return cls(layout, basis, tuple(parts), tuple(inseparable))
 
-    def project(self, values: Float[Tensor, "component batch d_rep"]) -> Float[Tensor, "batch coordinate"]:
-        """Each part's coordinates in its own span, all of them side by side."""
+    def project(
+        self, values: Float[Tensor, "component batch d_rep"], *, into: Float[Tensor, "batch coordinate"] | None = None
+    ) -> Float[Tensor, "batch coordinate"]:
+        """Each part's coordinates in its own span, all of them side by side; written into a table, if one is given."""
         basis = self.basis.to(values)
-        found = values.new_empty(values.shape[1], self.layout.width)
+        into = values.new_empty(values.shape[1], self.layout.width) if into is None else into
         for rows, columns in zip(self.members, self.layout.slices, strict=True):
             vectors = values[rows[0]] if len(rows) == 1 else values[list(rows)].sum(0)
-            found[:, columns] = vectors @ basis[:, columns]
-        return found
+            torch.mm(vectors, basis[:, columns], out=into[:, columns])
+        return into
 
 
 def spans_of(
@@ -279,7 +281,7 @@ def _portions(source: AlignmentSource, held_out: Bool[Tensor, "image"], seed: in
         here = torch.nonzero(chosen[piece.first : piece.first + len(piece.targets)])[:, 0]
         waiting.append(piece._replace(values=piece.values[:, here.to(piece.values.device)]))
         left -= len(here)
-        if not left or sum(one.values.shape[1] for one in waiting) >= d_rep:
+        if not left or sum(one.values.shape[1] for one in waiting) >= max(_ADDED, d_rep):
             values = torch.cat([one.values for one in waiting], 1)
             targets = torch.cat([one.targets for one in waiting])
             yield _Portion(values, targets, max(one.rounding for one in waiting), not left)

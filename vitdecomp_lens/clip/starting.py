@@ -23,6 +23,7 @@ _BLOCK_SWEEPS = 20  # each reads the images once for every block
 _ENOUGH = 1e-3  # a smaller relative gain, or change, ends a search
 _GAIN = 1e-2  # the same for sweeps over the components, after which Adam goes on
 _CONSTANT = 1e-10  # a component whose variance is a smaller share of its square is a constant
+_FEW = 1024  # images that show isometries, each on its own
 _NOTHING = 1e-9  # a distance below it is zero but for rounding
 
 Maps = Float[Tensor, "column d_clip"]
@@ -148,11 +149,13 @@ def _distance(objective: Objective, maps: Maps, coordinates: Coordinates) -> flo
 
 
 def each_alone(coordinates: Coordinates) -> Maps:
-    """For each span the isometry that fits the targets best without the others, on a sample; and a bias for them all.
+    """For each span the isometry that fits the targets best without the others, on a few images; and a bias for all.
 
     It is the polar factor of the covariance of what is in the span with the targets.
     """
     table, layout = coordinates.sample, coordinates.spans.layout
+    few = torch.linspace(0, len(table) - 1, min(len(table), _FEW), device=table.rows.device).long()
+    table = table.some(few)  # the sample is in the source's order, which may be that of classes
     means, mean = table.rows[:, :-1].mean(0), table.units.mean(0)
     rows, units = table.rows[:, :-1] - means, table.units - mean
     maps = rows.T @ units
