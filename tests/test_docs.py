@@ -22,6 +22,7 @@ MODULES = (
     "interpret.comparing",
     "intervene",
     "linear_classifier",
+    "report",
     "testbed",
     "testbed.planted",
 )
