@@ -1,6 +1,7 @@
 """Cumulative ablation against ablations one by one."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def mean_of_first(scores, labels):
     return float(scores[:, 0].mean() + labels.double().mean())
 
 
+@cache
 def small_model():
+    """Every test leaves it as it was."""
     model = HookedViT(TINY_MODELS["layer_scale"]().double().requires_grad_(False))
     return model, images_for("layer_scale", 5).double(), images_for("layer_scale", 4, seed=7).double()
 
@@ -239,10 +242,10 @@ def test_the_last_component_has_the_same_effect_in_sum_and_run_but_for_the_norm(
 
 def test_a_trained_model_forgets_its_shapes_in_the_sum_and_in_the_run():
     model = testbed.load("deit")
-    scenes, others = testbed.Scenes("validation", seed=3, size=96), testbed.Scenes("train", seed=5, size=64)
-    images = testbed.normalised(scenes.images(range(96)))
-    reference = testbed.normalised(others.images(range(64)))
-    labels = scenes.labels("shape", range(96))
+    scenes, others = testbed.Scenes("validation", seed=3, size=48), testbed.Scenes("train", seed=5, size=32)
+    images = testbed.normalised(scenes.images(range(48)))
+    reference = testbed.normalised(others.images(range(32)))
+    labels = scenes.labels("shape", range(48))
     count = len(testbed.ATTRIBUTES["shape"])
     start = testbed.CLASSES.index(testbed.ATTRIBUTES["shape"][0])
 

@@ -110,6 +110,31 @@ def test_a_map_is_the_sum_over_components_of_their_scores_by_patch():
     torch.testing.assert_close(one["a cat"], tokens["L1H1"][:, 2:, 1].reshape(3, 2, 3))
 
 
+def test_what_is_written_against_a_text_need_not_count():
+    tokens = token_sample(coarse_only=True)
+    values = tokens.values[:, :, 2:].reshape(-1, 3, 2, 3, 2).permute(0, 1, 4, 2, 3)
+    positive = heatmap.from_tokens(tokens, components="all", how="positive")
+    torch.testing.assert_close(positive.values, values.clamp(min=0).sum(0))
+    strength = heatmap.from_tokens(tokens, components="all", how="strength")
+    torch.testing.assert_close(strength.values, values.square().sum(2, keepdim=True).sqrt().sum(0))
+    assert (positive.texts, strength.texts) == (("a dog", "a cat"), (ANY,))
+    assert (positive.method, strength.method) == ("decomposition, positive", "decomposition, strength")
+
+
+def test_a_model_has_maps_of_what_counts():
+    model, images = tiny(count=3)
+    bank = TextBank(["a", "b"], torch.randn(2, 32, generator=torch.Generator().manual_seed(0)), space="drawn")
+    tokens = attribute_tokens(model, images, bank.directions.double())
+    for how in ("positive", "strength"):
+        expected = heatmap.from_tokens(tokens, how=how)
+        found = heatmap.of_texts(model, images, bank, how=how, batch_size=2)
+        torch.testing.assert_close(found.values, expected.values)
+        assert found.texts == (bank.texts if how == "positive" else (ANY,))
+        (logits,) = heatmap.tokens_of_classes(model, images, [3, 7])
+        classes = heatmap.of_classes(model, images, [3, 7], how=how)
+        torch.testing.assert_close(classes.values, heatmap.from_tokens(logits, how=how).values)
+
+
 def test_coarser_tokens_are_spread_over_the_finest_patches():
     tokens = token_sample()
     maps = heatmap.from_tokens(tokens, components="all")
@@ -422,6 +447,31 @@ def test_chefers_relevance_is_that_of_derivatives_by_differences(name):
     torch.testing.assert_close(found, expected, atol=1e-5 * scale, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["class_token", "mean_pool_fc_norm", "distilled"])
+def test_grad_cam_of_attention_is_that_of_derivatives_by_differences(name):
+    model, images = tiny(name, 1)
+    direction = torch.eye(10, dtype=torch.float64)[4:5]
+    prefix, read = READ[name]
+    pattern = patterns_of(model, images)[1]
+    step = 1e-5
+    weights = []
+    for head in range(pattern.shape[1]):
+        ends = []
+        for sign in (1, -1):
+            nudge = torch.zeros_like(pattern)
+            nudge[0, head, list(read), prefix:] = sign * step  # the same for all patches: their mean slope
+            hook = ("blocks.1.attn.hook_pattern", lambda value, hook, by=nudge: value + by)
+            with torch.no_grad(), model.hooks(fwd_hooks=[hook]):
+                ends.append((model(images) @ direction[0]).item())
+        weights.append((ends[0] - ends[1]) / (2 * step) / (pattern.shape[3] - prefix))
+    rows = pattern[0, :, list(read)].mean(1)[:, prefix:]
+    weighted = (torch.tensor(weights, dtype=torch.float64)[:, None] * rows).sum(0).reshape(1, 1, 4, 4)
+    assert float(weighted.abs().max()) > 0
+    for sign in (1, -1):  # of one or the other, something is left after clipping
+        found = heatmap.attention_cam(model, images, sign * direction).values
+        torch.testing.assert_close(found, (sign * weighted).clamp(min=0), atol=1e-9, rtol=1e-5)
+
+
 def test_an_attention_pool_is_a_last_layer():
     model, images = tiny("siglip")
     names = [*(f"blocks.{n}.attn.hook_pattern" for n in range(2)), "attn_pool.hook_pattern"]
@@ -430,13 +480,14 @@ def test_an_attention_pool_is_a_last_layer():
     torch.testing.assert_close(heatmap.raw_attention(model, images).values, pool.reshape(2, 1, 4, 4))
     mixed = [(cache[name].mean(1) + torch.eye(16)) / 2 for name in names[:2]]
     torch.testing.assert_close(heatmap.rollout(model, images).values, (pool @ mixed[1] @ mixed[0]).reshape(2, 1, 4, 4))
-    assert float(heatmap.chefer(model, images, torch.eye(10)[:1]).values.abs().max()) > 0
+    for make in (heatmap.chefer, heatmap.attention_cam):
+        assert float(make(model, images, torch.eye(10)).values.abs().max()) > 0
 
 
 def test_one_map_an_image_is_that_of_its_own_direction():
     model, images = tiny()
     rows = torch.eye(10)
-    for make in (heatmap.chefer, heatmap.grad_cam):
+    for make in (heatmap.chefer, heatmap.grad_cam, heatmap.attention_cam):
         every, own = make(model, images, rows), make(model, images, rows, own=[4, 9])
         torch.testing.assert_close(own.values[:, 0], every.values[[0, 1], [4, 9]])
         assert own.texts == (OWN,)
@@ -449,7 +500,7 @@ def test_one_map_an_image_is_that_of_its_own_direction():
 def test_the_representation_is_explained_as_logits_are(name):
     model, images = tiny(name)
     rows = torch.eye(10, dtype=torch.float64)[:3]
-    for make in (heatmap.chefer, heatmap.grad_cam):
+    for make in (heatmap.chefer, heatmap.grad_cam, heatmap.attention_cam):
         logits = make(model, images, rows)
         torch.testing.assert_close(make(model, images, rows @ model.W_U.T, of="representation").values, logits.values)
 
@@ -483,7 +534,10 @@ def test_grad_cam_is_that_of_the_library_for_columns(name):
     prefix = READ[name][0]
     found = heatmap.grad_cam(HookedViT(original), images, torch.eye(10))
     assert float(found.values.amax((2, 3))[:, 4].min()) > 0
-    expected = by_library(original, original.blocks[-2], images, 4, lambda values: columns(values, prefix))
+    layer = original.blocks[
+        -1 if name == "mean_pool_fc_norm" else -2
+    ]  # after the last block a class token stands alone
+    expected = by_library(original, layer, images, 4, lambda values: columns(values, prefix))
     torch.testing.assert_close(as_the_library_scales(found.to_pixels()[:, 4]), expected, atol=1e-4, rtol=0)
 
 
@@ -492,8 +546,7 @@ def test_grad_cam_is_that_of_the_library_for_stages():
     original = testbed.load_original("swin")
     images = testbed.normalised(testbed.Scenes("test").images(range(2)))
     model = testbed.load("swin")
-    last = len(model.hooked_blocks) - 1
-    found = heatmap.grad_cam(model, images, torch.eye(model.original.num_classes), at=f"blocks.{last}.hook_resid_post")
+    found = heatmap.grad_cam(model, images, torch.eye(model.original.num_classes))
     layer = original.layers[-1].blocks[-1]
     expected = by_library(original, layer, images, 2, lambda values: values.permute(0, 3, 1, 2))
     torch.testing.assert_close(as_the_library_scales(found.to_pixels()[:, 2]), expected, atol=1e-4, rtol=0)
@@ -504,7 +557,12 @@ def test_models_without_global_attention_have_grad_cam_only(name):
     model = testbed.load(name)
     images = testbed.normalised(testbed.Scenes("test").images(range(2)))
     rows = torch.eye(model.original.num_classes)[:2]
-    for make in (heatmap.raw_attention, heatmap.rollout, lambda *of: heatmap.chefer(*of, rows)):
+    for make in (
+        heatmap.raw_attention,
+        heatmap.rollout,
+        lambda *of: heatmap.chefer(*of, rows),
+        lambda *of: heatmap.attention_cam(*of, rows),
+    ):
         with pytest.raises(UnsupportedModelError, match=r"GradCAM works for any model"):
             make(model, images)
     found = heatmap.grad_cam(model, images, rows)
@@ -543,7 +601,7 @@ def test_all_methods_go_into_one_measure():
 def test_baselines_leave_nothing_behind():
     model, images = tiny()
     before = model(images)
-    for make in (heatmap.chefer, heatmap.grad_cam):
+    for make in (heatmap.chefer, heatmap.grad_cam, heatmap.attention_cam):
         maps = make(model, images, torch.eye(10))
         assert not maps.values.requires_grad
     assert not heatmap.rollout(model, images).values.requires_grad

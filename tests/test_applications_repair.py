@@ -147,6 +147,78 @@ def test_with_slack_the_first_that_is_nearly_as_good_is_taken():
         assert choice.count == (2 if not slack else 0 if slack == 1 else 1)
 
 
+def test_a_component_that_a_classifier_reads_is_found_though_it_writes_against_the_others():
+    chance = torch.Generator().manual_seed(0)
+    label, water = (2.0 * torch.randint(2, (2, 500), generator=chance) - 1).double()
+    seen, core, read = torch.eye(3, 8, dtype=torch.float64)
+    values = 0.01 * torch.randn(4, 500, 8, generator=chance, dtype=torch.float64)
+    values[0] += 3 * water[:, None] * seen  # writes most of the background, which no border goes by
+    values[1] += water[:, None] * (2 * read - seen)
+    values[2] += label[:, None] * core
+    parts = type(planted().parts)(values, ("L0H0", "L0H1", "L0H2", "L0H3"), values.sum(0))
+    texts = TextBank(["round", "water"], torch.stack([core, seen]), space="planted")
+    background, shape = texts.select("water"), texts.select("round")
+    classifier = torch.stack([-core - read, core + read])
+    ranking = repair.rank_read(parts, parts, classifier, background, shape)
+    assert (ranking.components[0], ranking.components[-1]) == ("L0H1", "L0H2")
+    assert ranking.margins[0] == pytest.approx(1, abs=0.01)
+    assert ranking.margins[-1] == pytest.approx(-1, abs=0.01)
+    scores = score_features(parts, {"wrong": background, "right": shape}, bootstrap=0, permutations=0)
+    for by in ("correlation", "covariance"):
+        assert repair.rank(scores, "wrong", "right", by=by).components[0] == "L0H0"
+    linear = LinearClassifier(classifier, torch.tensor([5.0, -5.0], dtype=torch.float64))
+    assert repair.rank_read(parts, parts, linear, background, shape).margins == pytest.approx(ranking.margins)
+    with pytest.raises(InputError, match="next to nothing"):
+        repair.rank_read(parts, parts, torch.stack([-core, core]), background, shape)
+    with pytest.raises(InputError, match="of kind 'mlp'"):
+        repair.rank_read(parts, parts, classifier, background, shape, kind="mlp")
+
+
+def test_what_does_not_help_is_skipped():
+    truth, fair = planted(), planted(1, 0.5)
+    classifier = LinearClassifier.fit(truth.parts.total, truth.label, decay=DECAY)
+    options = {"groups": groups_of(fair), "classifier": classifier, "reference": truth.parts}
+    mixed = [label for pair in zip(truth.core, truth.carriers, strict=True) for label in pair]
+    choice = repair.choose_direct(fair.parts, mixed, fair.label, skipping=True, slack=SLACK, **options)
+    assert choice.candidates == choice.components == truth.carriers
+    assert repair.measure_direct(fair.parts, truth.carriers, fair.label, **options).after == choice.after
+    assert [step.worst for step in choice.steps] == sorted(step.worst for step in choice.steps)
+    none = repair.choose_direct(fair.parts, truth.core, fair.label, skipping=True, slack=SLACK, **options)
+    assert (none.components, none.after) == ((), none.before)
+
+
+def test_what_is_to_be_spared_is_spared():
+    truth, fair = planted(), planted(1, 0.5)
+    classifier = LinearClassifier.fit(truth.parts.total, truth.label, decay=DECAY)
+    groups = groups_of(fair)
+    options = {"groups": groups, "classifier": classifier, "reference": truth.parts}
+    free = repair.choose_direct(fair.parts, truth.carriers, fair.label, **options)
+    losers = {name: free.before[name] - free.after[name] for name in groups.names}
+    name = max(losers, key=losers.get)
+    assert losers[name] > 0.005  # a group that gained by what misleads the others
+    for skipping in (False, True):
+        choose = partial(repair.choose_direct, fair.parts, truth.carriers, fair.label, skipping=skipping, **options)
+        assert choose(sparing={name: losers[name] + 1e-9}).components == truth.carriers
+        spared = choose(sparing={name: losers[name] / 2})
+        assert spared.after[name] >= spared.before[name] - losers[name] / 2
+        assert spared.count < free.count
+        assert choose(sparing={"average": 0.0}).components == truth.carriers
+        with pytest.raises(UnknownNameError, match="'sea' to spare"):
+            choose(sparing={"sea": 0.0})
+
+
+def test_images_that_are_gone_cannot_be_gone_through_again():
+    model, images = HookedViT(planted_model()), stripes(4, 0.5, 0)[0]
+    labels = torch.tensor([0, 1, 0, 1])
+    options = {"how": "zero", "of": "representation", "skipping": True}
+    with pytest.raises(InputError, match="many times"):
+        repair.choose_total(model, iter(images.split(2)), ["L0H1"], labels, **options)
+    whole, split = (
+        repair.choose_total(model, given, ["L0H1"], labels, **options) for given in (images, images.split(2))
+    )
+    assert whole.steps == split.steps
+
+
 def test_rankings_the_other_way_round_and_by_chance():
     ranking = ranked(planted())
     assert list(ranking.margins) == sorted(ranking.margins, reverse=True)

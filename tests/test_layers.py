@@ -47,6 +47,7 @@ LAYERS = (
     {"applications"},
     {"report"},
     {"testbed"},
+    {"evaluation"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -1,9 +1,9 @@
-"""Baselines that heatmaps are compared with, read off attention patterns: raw attention, rollout, Chefer's relevance.
+"""Baselines that heatmaps are compared with, read off attention patterns: as they are, rolled out, with gradients.
 
 For models in which every block has one attention from all tokens to all tokens. In those with windows or stages (Swin,
 MaxViT), class attention or attention among channels, patterns say not which patches reach the representation.
 
-All three end in a row of relevance for each token that the representation is read from; these are averaged. Which
+All end in a row of relevance for each token that the representation is read from; these are averaged. Which
 tokens it is read from is seen from its gradient: the class token, both of a distilled model's, or all patches. Where an
 attention pool reads them, the row is its pattern's.
 """
@@ -22,7 +22,7 @@ from vitdecomp_lens.components import TokenGrid
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.hooked import HookedViT
 
-__all__ = ["chefer", "raw_attention", "rollout"]
+__all__ = ["attention_cam", "chefer", "raw_attention", "rollout"]
 
 POOL = "attn_pool.hook_pattern"
 
@@ -129,6 +129,50 @@ def chefer(
     return Heatmaps(torch.stack(maps, 1).detach(), texts, replace(found.grid, prefix=()), "Chefer")
 
 
+def attention_cam(
+    model: HookedViT,
+    images: Float[Tensor, "batch channel height width"],
+    directions: Float[Tensor, "direction d_out"],
+    *,
+    of: Of = "logits",
+    names: Sequence[str] | None = None,
+    own: Sequence[int] | None = None,
+) -> Heatmaps:
+    """GradCAM of the last attention pattern, heads as channels: what code after arXiv 2103.15679 calls GradCAM.
+
+    ReLU(Σ_h (mean over patches of ∂y/∂A_h) A_h), with A_h from the tokens that the representation is read from. Tables
+    of ViTs show this one; `grad_cam` takes activations for channels, as GradCAM does in convolutional networks.
+
+    Args:
+        model: With global attention.
+        images: As the model takes them.
+        directions: As for `grad_cam`, like all that follow.
+        of: ``"logits"`` or ``"representation"``.
+        names: A name for each direction.
+        own: For each image the number of its direction, if only that map is wanted.
+
+    Raises:
+        UnsupportedModelError: Where attention is not global.
+        InputError: Where directions do not fit what is read.
+
+    Example:
+        >>> model = HookedViT.from_timm("test_vit", num_classes=5)
+        >>> attention_cam(model, torch.randn(2, 3, 160, 160), torch.eye(5), own=[0, 3])
+        Heatmaps(batch=2, text=1, 10 × 10 patches; GradCAM of attention)
+    """
+    found = _Patterns.of(model, images)
+    rows = torch.ones_like(found.read[:, :1]) if found.pool is not None else found.read
+    pattern = einsum(found.patterns[-1], rows, "batch head query key, batch query -> batch head key")
+    maps = []
+    for (gradient,) in found.run.gradients(found.hooks[-1:], directions, of, own):
+        slopes = einsum(gradient, (rows > 0).to(rows), "batch head query key, batch query -> batch head key")
+        weights = slopes[:, :, len(found.grid.prefix) :].mean(2)
+        weighted = einsum(pattern, weights, "batch head key, batch head -> batch key").clamp(min=0)
+        maps.append(without_prefix(weighted, found.grid))
+    texts = named(names, len(directions), own)
+    return Heatmaps(torch.stack(maps, 1).detach(), texts, replace(found.grid, prefix=()), "GradCAM of attention")
+
+
 def _through(
     rows: Float[Tensor, "batch query"], pattern: Float[Tensor, "batch query key"]
 ) -> Float[Tensor, "batch key"]:
@@ -205,10 +249,5 @@ def _not_global(model: HookedViT, what: str) -> UnsupportedModelError:
 
 def _read_from(run: Run, last: str) -> Float[Tensor, "batch token"]:
     """Equal weights for the tokens of the last block that reach the representation, which sum to 1."""
-    width = run.read("representation").shape[1]
-    direction = torch.randn(
-        1, width, generator=torch.Generator().manual_seed(0)
-    )  # some direction, nothing's null space
-    ((gradient,),) = run.gradients([last], direction, "representation")
-    reached = (gradient != 0).any(2).to(gradient)
+    reached = run.reached(last).to(run.values[last])
     return reached / reached.sum(1, keepdim=True).clamp(min=1)

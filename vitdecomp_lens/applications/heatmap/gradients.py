@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -54,8 +54,9 @@ def grad_cam(
         of: ``"logits"``, the model's output; or ``"representation"``.
         names: A name for each direction.
         own: For each image the number of its direction, if only that map is wanted; that takes one backward run.
-        at: The hook of the activations, with a token for each patch; None for what enters the last block, the nearest
-            place to the output from which all patches reach a class token.
+        at: The hook of the activations, with a token for each patch; None for the nearest place to the output from
+            which all patches reach it: what leaves the last block where these are read (pooled, as in most models with
+            stages), and what enters it where a class token is.
 
     Returns:
         Maps of at least 0, on the grid of the hook.
@@ -69,9 +70,13 @@ def grad_cam(
         >>> grad_cam(model, torch.randn(2, 3, 160, 160), torch.eye(5))
         Heatmaps(batch=2, text=5, 10 × 10 patches; GradCAM)
     """
-    at = f"blocks.{len(model.hooked_blocks) - 1}.hook_resid_pre" if at is None else at
+    last = f"blocks.{len(model.hooked_blocks) - 1}"
+    run = Run(model, images, [f"{last}.hook_resid_pre", f"{last}.hook_resid_post"] if at is None else [at])
+    if at is None:
+        after = model.token_grid(images, f"{last}.hook_resid_post")
+        reached = run.reached(f"{last}.hook_resid_post")[:, len(after.prefix) :]
+        at = f"{last}.hook_resid_{'post' if bool(reached.all()) else 'pre'}"
     grid = model.token_grid(images, at)
-    run = Run(model, images, [at])
     value = run.values[at]
     if value.ndim != 3 or value.shape[1] != len(grid) or not grid.rows * grid.columns:
         raise InputError(
@@ -123,6 +128,14 @@ class Run:
             shape = list(read.shape) if isinstance(read, Tensor) else type(read).__name__
             raise UnsupportedModelError(f"Expected {of} that are one vector an image; got {shape}.")
         return read
+
+    def reached(self, hook: str) -> Bool[Tensor, "batch token"]:
+        """Which tokens at a hook the representation is read from."""
+        generator = torch.Generator().manual_seed(0)  # some direction, nothing's null space
+        direction = torch.randn(1, self.read("representation").shape[1], generator=generator)
+        ((gradient,),) = self.gradients([hook], direction, "representation")
+        found: Tensor = (gradient != 0).any(2)
+        return found
 
     def gradients(
         self,

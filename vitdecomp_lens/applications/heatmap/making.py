@@ -8,7 +8,7 @@ patches, the class token and constants it is the score itself. Class tokens have
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vitdecomp_lens.applications.heatmap.carried import Carried, Spread
-from vitdecomp_lens.applications.heatmap.maps import Heatmaps
+from vitdecomp_lens.applications.heatmap.maps import ANY, Heatmaps
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.components import By, Component, TokenGrid
 from vitdecomp_lens.decompose import attribute_tokens
@@ -31,15 +31,21 @@ from vitdecomp_lens.request import MAX_BYTES
 from vitdecomp_lens.token_block import TokenBlock
 from vitdecomp_lens.tokens import TokenAttribution
 
-__all__ = ["ATTENTION", "from_tokens", "of_classes", "of_texts"]
+__all__ = ["ATTENTION", "How", "from_tokens", "of_classes", "of_texts", "tokens_of_classes"]
 
 ATTENTION = ("attn", "head", "pool")  # the kinds of components that read tokens by attention
 METHOD = "decomposition"
+How = Literal["signed", "positive", "strength"]
 DRAWS = 200
 
 
-def from_tokens(tokens: TokenAttribution, *, components: str | Collection[str] = "attention") -> Heatmaps:
+def from_tokens(
+    tokens: TokenAttribution, *, components: str | Collection[str] = "attention", how: How = "signed"
+) -> Heatmaps:
     """The maps of scores by token, summed over components.
+
+    A head may write against a text where another writes for it, from the same patch. In a signed sum, which is what the
+    score is made of, they cancel; what is there, and read, is better seen without.
 
     Components that read coarser grids, as in later stages of Swin, are spread evenly over the patches of the finest.
 
@@ -48,10 +54,15 @@ def from_tokens(tokens: TokenAttribution, *, components: str | Collection[str] =
         components: ``"attention"`` for all heads, as the paper (arXiv 2406.01583, section 5) does; ``"all"``, with the
             embedding and MLPs, which are read at the tokens they write to; or labels, such as
             ``scores.select("colour")``. What has no tokens adds nothing.
+        how: ``"signed"``, the share of the score, as in the paper; ``"positive"``, in which what a component writes
+            against a text from a patch counts as 0 before components are summed; or ``"strength"``, one map for all
+            directions together: the root of the sum of their squares, a component and patch at a time, summed over
+            components. Of directions that are each taken against the others, it says from where anything is read
+            that tells them apart, whichever it speaks for.
 
     Raises:
         UnknownNameError: Where a label is unknown.
-        InputError: Where none of the components reads patches.
+        InputError: Where none of the components reads patches, or there is no such ``how``.
 
     Example:
         >>> from vitdecomp_lens.testbed.planted import planted_tokens
@@ -60,7 +71,7 @@ def from_tokens(tokens: TokenAttribution, *, components: str | Collection[str] =
         >>> torch.equal(maps[planted.text] > 0, planted.masks)
         True
     """
-    return _summed(_chosen(tokens, components))
+    return _summed(_chosen(tokens, components), how)
 
 
 def of_texts(
@@ -70,6 +81,7 @@ def of_texts(
     *,
     through: ComponentMaps | None = None,
     components: str | Collection[str] = "attention",
+    how: How = "signed",
     against: TextBank | None = None,
     null: TextBank | None = None,
     by: By = "head",
@@ -90,6 +102,7 @@ def of_texts(
         through: An aligner into the texts' space, made for this model and ``by``; None where the representation is in
             it, as a CLIP's is.
         components: As for `from_tokens`.
+        how: The same.
         against: Other texts, whose mean is subtracted from each text; a text that is among them does not count against
             itself, so that ``against=bank`` holds the texts against each other.
         null: Random texts, to tell whether any component carries the texts asked for: many more, and as different as
@@ -125,7 +138,7 @@ def of_texts(
         bank.check_space(null.space)
         directions = torch.cat([directions, _drawn(null, bank, against, seed).to(directions)])
     options: dict[str, Any] = {"through": through, "by": by, "max_bytes": max_bytes, **_named(components)}
-    maker = _Maker(bank.texts, components, with_null=null is not None)
+    maker = _Maker(bank.texts, components, how, with_null=null is not None)
     for part in _batches(images, batch_size):
         maker.add(attribute_tokens(model, part, directions.to(part.device), **options))
     return maker.result()
@@ -137,6 +150,7 @@ def of_classes(
     classes: Sequence[int | str],
     *,
     components: str | Collection[str] = "attention",
+    how: How = "signed",
     relative: bool = False,
     by: By = "head",
     batch_size: int = 32,
@@ -149,6 +163,7 @@ def of_classes(
         images: As the model takes them.
         classes: Their numbers or names.
         components: As for `from_tokens`.
+        how: The same.
         relative: Whether to take the logit minus the mean over all classes that answer the same question, as `explain`
             does: what a component writes for all classes alike says nothing.
         by: As for `attribute_tokens`.
@@ -169,9 +184,38 @@ def of_classes(
         >>> of_classes(testbed.load("deit"), images, ["circle", "red"], relative=True).texts
         ('circle', 'red')
     """
-    rows, names = _logits(model, classes, relative)
-    maker = _Maker(names, components)
-    options: dict[str, Any] = {"by": by, "max_bytes": max_bytes, **_named(components)}
+    options: dict[str, Any] = {"relative": relative, "by": by, "batch_size": batch_size, "max_bytes": max_bytes}
+    batches = tokens_of_classes(model, images, classes, **options, **_named(components))
+    _, names = _logits(model, classes, relative)
+    maker = _Maker(names, components, how)
+    for tokens in batches:
+        maker.add(tokens)
+    return maker.result()
+
+
+def tokens_of_classes(
+    model: HookedViT,
+    images: Float[Tensor, "batch channel height width"],
+    classes: Sequence[int | str],
+    *,
+    relative: bool = False,
+    batch_size: int = 32,
+    **options: Any,
+) -> Iterator[TokenAttribution]:
+    """Scores by token along the logit of each class, batch by batch: what `of_classes` sums.
+
+    Args:
+        model: With a classifier.
+        images: As the model takes them.
+        classes: Their numbers or names.
+        relative: As for `of_classes`.
+        batch_size: How many images a batch has; one, where there is an activation before the classifier.
+        **options: Passed to `attribute_tokens`.
+
+    Raises:
+        VitDecompError: As `of_classes`.
+    """
+    rows, _ = _logits(model, classes, relative)
     curved = model.has_activation_before_classifier
     # The factor that stands for an activation before the classifier is each image's own.
     for part in _batches(images, 1 if curved else batch_size):
@@ -179,10 +223,9 @@ def of_classes(
         if curved:
             _, cache = model.run_with_cache(part, names_filter="hook_representation")
             weight, _ = model.unembedding_at(cache["hook_representation"][0])
-            maker.add(attribute_tokens(model, part, directions @ weight.T, **options))
+            yield attribute_tokens(model, part, directions @ weight.T, **options)
         else:
-            maker.add(attribute_tokens(model, part, directions, of="logits", **options))
-    return maker.result()
+            yield attribute_tokens(model, part, directions, of="logits", **options)
 
 
 # --- which directions -------------------------------------------------------------------------------------------------
@@ -237,8 +280,10 @@ def _drawn(null: TextBank, bank: TextBank, against: TextBank | None, seed: int) 
 class _Maker:
     """Sums scores over components batch by batch, so that only one batch's are there at once."""
 
-    def __init__(self, texts: Sequence[str], components: str | Collection[str], *, with_null: bool = False) -> None:
-        self.texts, self.components = tuple(texts), components
+    def __init__(
+        self, texts: Sequence[str], components: str | Collection[str], how: How, *, with_null: bool = False
+    ) -> None:
+        self.texts, self.components, self.how = tuple(texts), components, how
         self.pieces: list[Heatmaps] = []
         self.spread = Spread() if with_null else None
 
@@ -251,7 +296,8 @@ class _Maker:
             blocks = tuple(block.with_values(block.values[..., asked]) for block in tokens.blocks)
             untokened = replace(tokens.untokened, values=tokens.untokened.values[..., asked])
             tokens = replace(tokens, blocks=blocks, untokened=untokened, total=None)
-        self.pieces.append(replace(_summed(tokens), texts=self.texts))
+        maps = _summed(tokens, self.how)
+        self.pieces.append(maps if maps.texts == (ANY,) else replace(maps, texts=self.texts))
 
     def result(self) -> Heatmaps:
         """All maps; a warning names the texts that no component carries."""
@@ -305,17 +351,29 @@ def _chosen(tokens: TokenAttribution, components: str | Collection[str]) -> Toke
     return tokens.select(labels=named)
 
 
-def _summed(tokens: TokenAttribution) -> Heatmaps:
+def _summed(tokens: TokenAttribution, how: How) -> Heatmaps:
     """The sum over components, on the finest grid of patches, over all that any grid covers."""
-    blocks = [block for block in tokens.blocks if block.grid.rows * block.grid.columns]
+    if how not in get_args(How):
+        raise InputError(f"Expected how= to be one of {', '.join(get_args(How))}; got {how!r}.")
+    blocks = [_counted(block, how) for block in tokens.blocks if block.grid.rows * block.grid.columns]
     if not blocks:
         names = [c.label for c in (*tokens.components, *tokens.untokened.components)][:5]
         raise InputError(f"Expected components that read patches; none of {names!r} does.")
     canvas = _canvas([block.grid for block in blocks])
     values = torch.stack([_laid(block, canvas) for block in blocks]).sum(0) if len(blocks) > 1 else None
     values = _laid(blocks[0], canvas) if values is None else values
+    if how == "strength":
+        return Heatmaps(values, (ANY,), canvas, f"{METHOD}, strength")
     texts = tokens.directions or tuple(f"direction {number}" for number in range(values.shape[1]))
-    return Heatmaps(values, texts, canvas, METHOD)
+    return Heatmaps(values, texts, canvas, METHOD if how == "signed" else f"{METHOD}, {how}")
+
+
+def _counted(block: TokenBlock, how: How) -> TokenBlock:
+    """What counts of the scores of each component, before they are summed."""
+    if how == "strength":
+        values = torch.linalg.vector_norm(block.values, dim=3, keepdim=True)
+        return TokenBlock(values, block.components, block.grid)
+    return block if how == "signed" else block.with_values(block.values.clamp(min=0))
 
 
 def _canvas(grids: Sequence[TokenGrid]) -> TokenGrid:

@@ -55,7 +55,7 @@ class Segmentation:
         pooled: The average precision over pixels and both classes together, the map m, from 0 to 1, being the score of
             the foreground and 1 − m that of the background: what published tables (of code after arXiv 2103.15679) call
             mAP. A small object costs it little.
-        threshold: In units of a map's mean, or ``"otsu"``.
+        threshold: In units of a map's mean, or ``"otsu"``; None where not all images had the same.
 
     Example:
         >>> mask = torch.tensor([[[True, False], [False, False]]])
@@ -69,7 +69,7 @@ class Segmentation:
     pixels: Float[Tensor, "batch"]
     precision: Float[Tensor, "batch"]
     pooled: Float[Tensor, "batch"]
-    threshold: Threshold
+    threshold: Threshold | None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -143,14 +143,15 @@ class Segmentation:
         """Several batches as one.
 
         Raises:
-            InputError: Where there are none, or their thresholds differ.
+            InputError: Where there are none.
         """
         several = tuple(several)
-        if not several or len({one.threshold for one in several}) > 1:
-            raise InputError(f"Expected batches that were segmented alike, at least one; got {several!r}.")
+        if not several:
+            raise InputError("Expected at least one batch of segmentations to concatenate; got none.")
         names = [f.name for f in fields(cls) if f.name != "threshold"]
         joined: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in several]) for name in names}
-        return replace(several[0], **joined)
+        thresholds = {one.threshold for one in several}
+        return cls(**joined, threshold=thresholds.pop() if len(thresholds) == 1 else None)
 
     def __repr__(self) -> str:
         said = ", ".join(f"{name}={value:.3f}" for name, value in self.numbers().items())
@@ -195,15 +196,13 @@ def segment(
     """
     pixels = _pixels(maps, masks, resize)
     _refuse_empty(masks)
-    found = foreground(pixels, threshold=threshold, clip=clip)
-    masks = masks.to(found.device)
-    both = torch.stack([found & masks, ~found & ~masks], 1).flatten(2).sum(2)
-    either = torch.stack([found | masks, ~found | ~masks], 1).flatten(2).sum(2)
+    masks = masks.to(pixels.device)
+    both, either = _shared(foreground(pixels, threshold=threshold, clip=clip), masks)
     flat, hit = _based(pixels, clip).flatten(1), masks.flatten(1)
     unit = _from_0_to_1(flat)
     return Segmentation(
-        both=both.double().cpu(),
-        either=either.double().cpu(),
+        both=both,
+        either=either,
         pixels=torch.full((len(masks),), float(hit.shape[1]), dtype=torch.float64),
         precision=average_precision(flat, hit).cpu(),
         pooled=average_precision(torch.cat([1 - unit, unit], 1), torch.cat([~hit, hit], 1)).cpu(),
@@ -268,7 +267,11 @@ def choose_threshold(
     numbers = sorted((one for one in thresholds if not isinstance(one, str)), key=lambda one: (abs(one - 1), one))
     ordered: list[Threshold] = [*numbers, *(one for one in thresholds if isinstance(one, str))]
     pixels = _pixels(maps, masks, resize)
-    tried = [getattr(segment(pixels, masks, threshold=one, clip=clip), measure) for one in ordered]
+    first = segment(pixels, masks, threshold=ordered[0], clip=clip)
+    tried = []
+    for one in ordered:
+        both, either = _shared(foreground(pixels, threshold=one, clip=clip), masks.to(pixels.device))
+        tried.append(getattr(replace(first, both=both, either=either, threshold=one), measure))
     return ordered[tried.index(max(tried))]
 
 
@@ -383,6 +386,15 @@ def _based(pixels: Float[Tensor, "batch height width"], clip: bool) -> Float[Ten
     """Maps in double precision, from 0 up."""
     wide = pixels.double()
     return wide.clamp(min=0) if clip else wide - wide.amin((1, 2), keepdim=True)
+
+
+def _shared(
+    found: Bool[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]
+) -> tuple[Float[Tensor, "batch 2"], Float[Tensor, "batch 2"]]:
+    """How many pixels are foreground, and background: in both; in either."""
+    both = torch.stack([found & masks, ~found & ~masks], 1).flatten(2).sum(2)
+    either = torch.stack([found | masks, ~found | ~masks], 1).flatten(2).sum(2)
+    return both.double().cpu(), either.double().cpu()
 
 
 def _otsu(flat: Float[Tensor, "batch pixel"]) -> Float[Tensor, "batch"]:

@@ -26,7 +26,7 @@ from vitdecomp_lens.applications.repair.choosing import (
 from vitdecomp_lens.applications.repair.comparing import balanced_probe, project_out, span_that_predicts
 from vitdecomp_lens.applications.repair.exporting import export
 from vitdecomp_lens.applications.repair.groups import GroupAccuracy, Groups
-from vitdecomp_lens.applications.repair.ranking import Ranking, rank
+from vitdecomp_lens.applications.repair.ranking import Ranking, rank, rank_read
 
 __all__ = [
     "Choice",
@@ -42,5 +42,6 @@ __all__ = [
     "measure_total",
     "project_out",
     "rank",
+    "rank_read",
     "span_that_predicts",
 ]

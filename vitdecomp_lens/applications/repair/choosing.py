@@ -1,8 +1,8 @@
 """How many components to take away, chosen on validation data; and what that is worth on others."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from vitdecomp_lens.applications.repair.groups import GroupAccuracy, Groups, mar
 from vitdecomp_lens.applications.repair.ranking import Ranking
 from vitdecomp_lens.cumulative import Classifier, direct_steps, total_steps
 from vitdecomp_lens.decomposition import Decomposition
-from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
 from vitdecomp_lens.frozen.trace import Read
 from vitdecomp_lens.intervene import Reference
 from vitdecomp_lens.intervening.reference import Images, Replacing
@@ -19,6 +19,27 @@ from vitdecomp_lens.intervening.reference import Images, Replacing
 Effect = Literal["direct", "total"]
 CRITERIA = ("worst", "average")
 MOST = 10  # components, as in the paper
+Scores = Callable[..., Float[Tensor, "step batch class"]]  # of components, and after how many of them to read
+
+
+class InSum(TypedDict, total=False):
+    """How components are ablated in the sum: see `vitdecomp_lens.cumulative.direct_steps`."""
+
+    classifier: Classifier | None
+    how: Replacing
+    reference: Decomposition | None
+    seed: int
+
+
+class InRun(TypedDict, total=False):
+    """How components are ablated in the run: see `vitdecomp_lens.cumulative.total_steps`."""
+
+    classifier: Classifier | None
+    of: Read | None
+    how: Replacing
+    reference: Reference | Images | Iterable[Images] | None
+    seed: int
+    batch_size: int | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,7 +51,7 @@ class Choice:
         how: What is written instead of a component.
         criterion: What was to be highest.
         ranking: How the components were ranked.
-        candidates: Labels, in that order.
+        candidates: Labels, in that order; with ``skipping``, those that were taken.
         steps: Accuracies with none, one, two... of them ablated.
         count: How many to ablate: as many as are best by the criterion, the fewest of equally good numbers.
     """
@@ -106,13 +127,12 @@ def choose_direct(
     labels: Int[Tensor, "batch"],
     *,
     groups: Groups | None = None,
-    classifier: Classifier | None = None,
-    reference: Decomposition | None = None,
-    how: Replacing = "mean",
     most: int = MOST,
     criterion: str = "worst",
     slack: float | int = 0,
-    seed: int = 0,
+    sparing: Mapping[str, float] | None = None,
+    skipping: bool = False,
+    **ablation: Unpack[InSum],
 ) -> Choice:
     """Choose on validation data how many components to ablate in the sum: direct effects, all statistics frozen.
 
@@ -121,19 +141,21 @@ def choose_direct(
         ranking: Components, the most suspicious first.
         labels: The right classes.
         groups: Of the images; without them all are one group, and the criterion is plain accuracy.
-        classifier: What reads the representation, fitted on training data or made of texts: a direction for each class
-            or a function of representations.
-        reference: Contributions of *training* images, for means and resampling.
-        how: ``"mean"``, ``"zero"`` or ``"resample"``.
         most: How many components at most.
         criterion: ``"worst"`` group, or ``"average"`` of groups.
         slack: By how much less still counts as equally good, a share of one: among numbers of components that are
             equally good on as many images as there are, the highest is chance. Choose it before looking; the standard
             error of a group of n images is at most 1 / (2 √n).
-        seed: Of resampling.
+        sparing: By how much ``"average"``, or a group by its name, may fall at most, such as ``{"average": 0.0}``:
+            what makes it fall further is out of the question.
+        skipping: Go down the ranking and take a component only where the criterion rises by more than the slack with
+            it, not all up to the last one, as the paper does.
+        **ablation: As for `vitdecomp_lens.cumulative.direct_steps`: ``classifier``, what reads the representation,
+            fitted on training data or made of texts; ``reference``, contributions of *training* images, for means and
+            resampling; ``how``, ``"mean"`` unless said; ``seed``.
 
     Raises:
-        UnknownNameError: If there is no such component.
+        UnknownNameError: If there is no such component, or no such group to spare.
         InputError: If a group has no images, the reference is the validation data, or options do not fit.
 
     Example:
@@ -147,10 +169,8 @@ def choose_direct(
         >>> choice.count, choice.before.worst < 0.7, choice.after.worst > 0.9
         (3, True, True)
     """
-    candidates, by = _candidates(ranking, most)
-    _refuse_same(reference, parts)
-    steps = direct_steps(parts, candidates, classifier=classifier, how=how, reference=reference, seed=seed)
-    return _choice(steps, labels, groups, "direct", how, criterion, slack, by, candidates)
+    judged = _in_sum(parts, labels, groups, ablation)
+    return judged.choose(ranking, _Aim(most, criterion, slack, sparing or {}, skipping))
 
 
 def choose_total(
@@ -160,33 +180,30 @@ def choose_total(
     labels: Int[Tensor, "batch"],
     *,
     groups: Groups | None = None,
-    classifier: Classifier | None = None,
-    of: Read | None = "representation",
-    reference: Reference | Images | Iterable[Images] | None = None,
-    how: Replacing = "mean",
     most: int = MOST,
     criterion: str = "worst",
     slack: float | int = 0,
-    seed: int = 0,
-    batch_size: int | None = None,
+    sparing: Mapping[str, float] | None = None,
+    skipping: bool = False,
+    **ablation: Unpack[InRun],
 ) -> Choice:
     """Choose on validation data how many components to ablate in the run: total effects.
 
     Args:
         model: As for `vitdecomp_lens.intervene.ablate_run`.
-        images: Validation images, a batch or batches.
-        ranking: As for `choose_direct`.
-        labels: As for `choose_direct`, like groups and classifier.
+        images: Validation images, a batch or batches. With ``skipping`` they are gone through once a component: give a
+            tensor or a list of batches.
+        ranking: As for `choose_direct`, like all that follows up to ``skipping``.
+        labels: The right classes.
         groups: Of the images.
-        classifier: Of what ``of`` names.
-        of: What to read of a run: ``"representation"``, or ``"logits"`` without a classifier.
-        reference: *Training* images, or a `Reference` made from them.
-        how: As for `ablate_run`.
-        most: As for `choose_direct`, like criterion, slack and seed.
+        most: How many components at most.
         criterion: What is to be highest.
         slack: By how much less still counts as equally good.
-        seed: Of resampling.
-        batch_size: How many images to run at once.
+        sparing: What may fall by how much.
+        skipping: Whether components that do not help are left as they are.
+        **ablation: As for `vitdecomp_lens.cumulative.total_steps`: ``classifier``; ``of``, what it reads of a run,
+            ``"representation"`` unless said, or ``"logits"`` without a classifier; ``reference``, *training* images, or
+            a `Reference` made from them; ``how``, ``"mean"`` unless said; ``seed``; ``batch_size``.
 
     Raises:
         VitDecompError: As `ablate_run`, and as `choose_direct`.
@@ -200,11 +217,10 @@ def choose_total(
         >>> len(choose_total(model, images, ["L1H0", "mlp.0"], labels, of="logits", reference=training).steps)
         3
     """
-    candidates, by = _candidates(ranking, most)
-    _refuse_same(reference, images)
-    options: dict[str, Any] = {"how": how, "reference": reference, "seed": seed, "batch_size": batch_size}
-    steps = total_steps(model, images, candidates, classifier=classifier, of=of, **options)
-    return _choice(steps, labels, groups, "total", how, criterion, slack, by, candidates)
+    if skipping and not isinstance(images, Tensor | list | tuple):
+        raise InputError("With skipping=True images are gone through many times: give a tensor or a list of batches.")
+    judged = _in_run(model, images, labels, groups, ablation)
+    return judged.choose(ranking, _Aim(most, criterion, slack, sparing or {}, skipping))
 
 
 def measure_direct(
@@ -213,19 +229,13 @@ def measure_direct(
     labels: Int[Tensor, "batch"],
     *,
     groups: Groups | None = None,
-    classifier: Classifier | None = None,
-    reference: Decomposition | None = None,
-    how: Replacing = "mean",
-    seed: int = 0,
+    **ablation: Unpack[InSum],
 ) -> Repaired:
     """What ablating components in the sum is worth, on images that neither training nor validation has seen.
 
     Arguments and errors are those of `choose_direct`; ``parts`` and ``labels`` are of test images.
     """
-    _refuse_same(reference, parts)
-    options: dict[str, Any] = {"how": how, "reference": reference, "seed": seed, "at": _ends(components)}
-    steps = direct_steps(parts, components, classifier=classifier, **options)
-    return _repaired(steps, labels, groups, "direct", how, components)
+    return _in_sum(parts, labels, groups, ablation).measure(components)
 
 
 def measure_total(
@@ -235,34 +245,103 @@ def measure_total(
     labels: Int[Tensor, "batch"],
     *,
     groups: Groups | None = None,
-    classifier: Classifier | None = None,
-    of: Read | None = "representation",
-    reference: Reference | Images | Iterable[Images] | None = None,
-    how: Replacing = "mean",
-    seed: int = 0,
-    batch_size: int | None = None,
+    **ablation: Unpack[InRun],
 ) -> Repaired:
     """What ablating components in the run is worth, on images that neither training nor validation has seen.
 
     Arguments and errors are those of `choose_total`; ``images`` and ``labels`` are those of a test.
     """
-    _refuse_same(reference, images)
-    options: dict[str, Any] = {"how": how, "reference": reference, "seed": seed, "at": _ends(components)}
-    steps = total_steps(model, images, components, classifier=classifier, of=of, batch_size=batch_size, **options)
-    return _repaired(steps, labels, groups, "total", how, components)
+    return _in_run(model, images, labels, groups, ablation).measure(components)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def _candidates(ranking: Ranking | Sequence[str], most: int) -> tuple[tuple[str, ...], str]:
-    if most < 1:
-        raise InputError(f"most= must be at least 1 component; got {most}.")
-    if isinstance(ranking, Ranking):
-        return ranking.components[:most], ranking.by
-    if isinstance(ranking, str):
-        raise InputError(f"Expected a ranking or a list of labels; got {ranking!r}.")
-    return tuple(ranking)[:most], "the order given"
+@dataclass(frozen=True)
+class _Aim:
+    """What is chosen, and by what: see `choose_direct`."""
+
+    most: int
+    criterion: str
+    slack: float | int
+    sparing: Mapping[str, float]
+    skipping: bool
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise InputError(f"most= must be at least 1 component; got {self.most}.")
+        if self.criterion not in CRITERIA or not 0 <= self.slack <= 1:
+            raise InputError(
+                f"Expected criterion='worst' or 'average', and slack= as a share of one; got {self.criterion!r} and"
+                f" {self.slack}."
+            )
+
+    def value(self, accuracy: GroupAccuracy, before: GroupAccuracy) -> float:
+        """The criterion; minus infinity where what is to be spared has fallen too far."""
+        for name, loss in self.sparing.items():
+            if name != "average" and name not in accuracy.names:
+                raise UnknownNameError(f"There is no group {name!r} to spare; {near_matches(name, accuracy.names)}")
+            now, then = (a.average if name == "average" else a[name] for a in (accuracy, before))
+            if now < then - loss - 1e-9:  # shares of counts are rounded
+                return float("-inf")
+        return float(getattr(accuracy, self.criterion))
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What is read of images while components are ablated, and what is right."""
+
+    effect: Effect
+    how: str
+    scores: Scores
+    labels: Int[Tensor, "batch"]
+    groups: Groups | None
+
+    def accuracies(self, components: Sequence[str], at: Sequence[int] | None = None) -> list[GroupAccuracy]:
+        return [GroupAccuracy.of(step, self.labels, self.groups) for step in self.scores(components, at)]
+
+    def measure(self, components: Sequence[str]) -> Repaired:
+        steps = self.accuracies(components, sorted({0, len(components)}))
+        return Repaired(self.effect, self.how, tuple(components), steps[0], steps[-1])
+
+    def choose(self, ranking: Ranking | Sequence[str], aim: _Aim) -> Choice:
+        if isinstance(ranking, str):
+            raise InputError(f"Expected a ranking or a list of labels; got {ranking!r}.")
+        by = ranking.by if isinstance(ranking, Ranking) else "the order given"
+        candidates = tuple(ranking.components if isinstance(ranking, Ranking) else ranking)[: aim.most]
+        if aim.skipping:
+            by, (candidates, steps) = f"{by}, skipping", self._walk(candidates, aim)
+            count = len(candidates)
+        else:
+            steps = self.accuracies(candidates)
+            reached = [aim.value(accuracy, steps[0]) for accuracy in steps]
+            count = next(number for number, value in enumerate(reached) if value >= max(reached) - aim.slack)
+        return Choice(self.effect, self.how, aim.criterion, by, candidates, tuple(steps), count)
+
+    def _walk(self, candidates: Sequence[str], aim: _Aim) -> tuple[tuple[str, ...], list[GroupAccuracy]]:
+        """Those that help, in their order, and what is reached with each."""
+        taken: list[str] = []
+        steps = self.accuracies([])
+        for label in candidates:
+            (tried,) = self.accuracies([*taken, label], [len(taken) + 1])
+            if aim.value(tried, steps[0]) > aim.value(steps[-1], steps[0]) + aim.slack:
+                taken.append(label)
+                steps.append(tried)
+        return tuple(taken), steps
+
+
+def _in_sum(parts: Decomposition, labels: Tensor, groups: Groups | None, ablation: Mapping[str, Any]) -> _Judged:
+    _refuse_same(ablation.get("reference"), parts)
+    scores: Scores = lambda components, at: direct_steps(parts, components, at=at, **ablation)  # noqa: E731
+    return _Judged("direct", ablation.get("how", "mean"), scores, labels, groups)
+
+
+def _in_run(
+    model: nn.Module, images: Any, labels: Tensor, groups: Groups | None, ablation: Mapping[str, Any]
+) -> _Judged:
+    _refuse_same(ablation.get("reference"), images)
+    scores: Scores = lambda components, at: total_steps(model, images, components, at=at, **ablation)  # noqa: E731
+    return _Judged("total", ablation.get("how", "mean"), scores, labels, groups)
 
 
 def _refuse_same(reference: Any, judged: Any) -> None:
@@ -273,46 +352,3 @@ def _refuse_same(reference: Any, judged: Any) -> None:
             "Expected reference= of training data: it is what the repair is judged on. A mean of validation or test"
             " data tells the repaired model something about them."
         )
-
-
-def _ends(components: Sequence[str]) -> tuple[int, ...]:
-    return tuple(sorted({0, len(components)}))
-
-
-def _accuracies(
-    steps: Float[Tensor, "step batch class"], labels: Int[Tensor, "batch"], groups: Groups | None
-) -> tuple[GroupAccuracy, ...]:
-    return tuple(GroupAccuracy.of(scores, labels, groups) for scores in steps)
-
-
-def _choice(
-    steps: Float[Tensor, "step batch class"],
-    labels: Int[Tensor, "_"],
-    groups: Groups | None,
-    effect: Effect,
-    how: str,
-    criterion: str,
-    slack: float | int,
-    by: str,
-    candidates: tuple[str, ...],
-) -> Choice:
-    if criterion not in CRITERIA or not 0 <= slack <= 1:
-        raise InputError(
-            f"Expected criterion='worst' or 'average', and slack= as a share of one; got {criterion!r} and {slack}."
-        )
-    found = _accuracies(steps, labels, groups)
-    reached = [getattr(accuracy, criterion) for accuracy in found]
-    count = next(number for number, value in enumerate(reached) if value >= max(reached) - slack)
-    return Choice(effect, how, criterion, by, candidates, found, count)
-
-
-def _repaired(
-    steps: Float[Tensor, "step batch class"],
-    labels: Int[Tensor, "_"],
-    groups: Groups | None,
-    effect: Effect,
-    how: str,
-    components: Sequence[str],
-) -> Repaired:
-    found = _accuracies(steps, labels, groups)
-    return Repaired(effect, how, tuple(components), found[0], found[-1])

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from vitdecomp_lens.applications.retrieval.gallery import Gallery
 from vitdecomp_lens.applications.retrieval.measuring import Labels, Precision, precision_at
-from vitdecomp_lens.applications.retrieval.ranking import by_image
+from vitdecomp_lens.applications.retrieval.ranking import by_image, by_text
+from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.interpret.feature_scores import FeatureScores
@@ -50,13 +51,14 @@ def choose_count(
     *,
     counts: Sequence[int] = COUNTS,
     at: int = 10,
+    texts: TextBank | None = None,
     against: Names | None = None,
     by: str = "correlation",
 ) -> Choice:
     """How many of the components that are for a property and not for others serve best, on validation images.
 
     The components are ``scores.select(feature, k=count)``: those of the largest smallest difference of scores for this
-    feature and the others (arXiv 2406.01583, section 5). Each image is sought by all others in turn.
+    feature and the others (arXiv 2406.01583, section 5). Each image is sought by all others in turn, or all by texts.
 
     Args:
         parts: Contributions to validation images, which are not those that results are reported on.
@@ -65,6 +67,7 @@ def choose_count(
         labels: Of the validation images, in the property.
         counts: Those to try; those beyond the number of components count as all of them.
         at: Of how many images found the precision is.
+        texts: What to seek by instead of images: one for each label, in their order.
         against: As for `FeatureScores.select`.
         by: The same.
 
@@ -96,7 +99,10 @@ def choose_count(
     ranked = scores.select(feature, against=against, k=tried_counts[-1], by=by)
 
     def precision(components: Sequence[str] | None) -> Precision:
-        return precision_at(by_image(Gallery.of(parts, components=components), k=at), labels)
+        gallery = Gallery.of(parts, components=components)
+        if texts is None:
+            return precision_at(by_image(gallery, k=at), labels)
+        return precision_at(by_text(gallery, texts, k=at), labels, range(len(texts)))
 
     tried = {count: precision(ranked[:count]) for count in tried_counts}
     best = max(tried_counts, key=lambda count: (tried[count].mean, -count))

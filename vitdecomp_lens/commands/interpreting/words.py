@@ -91,7 +91,7 @@ class Words:
                     f"There is no feature {name!r}; {_near(name, known)} For one of your own: {own}, a file of texts, "
                     f"one a line."
                 )
-            put_into = None if file else self._templates()
+            put_into = None if file else self.templates
             found[name] = self.embedded(_texts_of(file, ()) if file else known[name], put_into)
         return found
 
@@ -131,7 +131,8 @@ class Words:
             return of_testbed.features()
         return banks.paper_features()
 
-    def _templates(self) -> tuple[str, ...]:
+    @property
+    def templates(self) -> tuple[str, ...]:
         """What fits the texts of features."""
         if self.of_testbed:
             from vitdecomp_lens.testbed import banks as of_testbed

@@ -1,0 +1,179 @@
+"""Photographs of one's own under evaluation: folders of classes, their masks, and Waterbirds' list."""
+
+import csv
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vitdecomp_lens.applications.heatmap import as_seen
+from vitdecomp_lens.class_names import ClassNames
+from vitdecomp_lens.collecting.images import images_from
+from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.evaluation.subjects import Question, Splits
+from vitdecomp_lens.hooked import HookedViT
+
+__all__ = ["FileSamples", "class_folder", "thirds", "waterbirds"]
+
+BATCH = 32
+METADATA = "metadata.csv"
+COLUMNS = ("img_filename", "y", "split", "place")
+SPLITS = {"training": "0", "validation": "1", "test": "2"}
+
+
+@dataclass(frozen=True, eq=False)
+class FileSamples:
+    """Photographs with what is known of them: `Samples`.
+
+    Attributes:
+        paths: Of the photographs.
+        labels: By name, a number for each.
+        mask_paths: Of pictures as large as the photographs, in which what is not black is the object.
+    """
+
+    paths: tuple[Path, ...]
+    labels: Mapping[str, Int[Tensor, "_"]]
+    mask_paths: tuple[Path, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batches(self, model: HookedViT) -> Iterator[Float[Tensor, "batch channel height width"]]:
+        """All photographs as the model takes them."""
+        for first in range(0, len(self), BATCH):
+            yield model.preprocess(self.paths[first : first + BATCH])
+
+    def masks(self, model: HookedViT, name: str = "object") -> Bool[Tensor, "batch height width"]:
+        """The masks as the model sees the photographs: cropped and resized like these.
+
+        Raises:
+            InputError: Where there are none, or one is not as large as its photograph.
+        """
+        if name != "object" or not self.mask_paths:
+            raise InputError(f"Expected masks of the {name}; these photographs have none. Give --masks FOLDER.")
+        height, width = model.preprocess(self.paths[:1]).shape[-2:]
+        pairs = zip(self.paths, self.mask_paths, strict=True)
+        return torch.stack([_mask(mask, photograph, model, (height, width)) for photograph, mask in pairs])
+
+    def some(self, rows: Sequence[int]) -> "FileSamples":
+        """Some of the photographs."""
+        numbers = torch.tensor(rows, dtype=torch.int64)
+        return FileSamples(
+            tuple(self.paths[row] for row in rows),
+            {name: values[numbers] for name, values in self.labels.items()},
+            tuple(self.mask_paths[row] for row in rows if self.mask_paths),
+        )
+
+
+def _mask(path: Path, photograph: Path, model: HookedViT, size: tuple[int, int]) -> Tensor:
+    with Image.open(photograph) as opened:
+        wanted = ImageOps.exif_transpose(opened).size
+    try:
+        with Image.open(path) as opened:
+            # A palette's numbers are what a mask means, and not its colours.
+            levels = opened if opened.mode in ("P", "1", "L", "I;16", "I") else opened.convert("L")
+            found, mask = levels.size, torch.from_numpy(np.array(levels)) > 0
+    except OSError as error:
+        raise InputError(f"The mask {str(path)!r} of {photograph.name!r} cannot be read: {error}.") from error
+    if found != wanted:
+        raise InputError(
+            f"Expected masks as large as their photographs; {str(path)!r} has {found[0]} × {found[1]} pixels, and "
+            f"{photograph.name!r} {wanted[0]} × {wanted[1]}."
+        )
+    return as_seen(mask, model.preprocess_geometry(photograph), size)
+
+
+def class_folder(folder: Path, classes: int | None, masks: Path | None = None) -> tuple[FileSamples, Question]:
+    """A folder with a subfolder for each class, as ImageNet's validation images come.
+
+    Args:
+        folder: Its subfolders are named by synsets (``n01440764``), names or numbers of classes.
+        classes: How many classes the model's classifier has, of which subfolders name some; None where a model has no
+            classifier: then the classes are the subfolders, and their names the texts.
+        masks: A folder with a ``.png`` for each image, under the same path.
+
+    Raises:
+        UnknownNameError: If the classifier has no such class.
+        InputError: If there are no images, images lie outside of subfolders, or a mask is missing.
+    """
+    source = images_from(folder)
+    names = source.labels.get("class")
+    if not names:
+        raise InputError(f"Expected a subfolder of {str(folder)!r} for each class; images lie beside subfolders.")
+    samples = source.read(0, source.count or 0)  # a folder's files are counted
+    own = torch.tensor([sample.labels["class"] for sample in samples])
+    paths = tuple(Path(str(sample.image)) for sample in samples)
+    of_masks = () if masks is None else tuple(_beside(masks, path.relative_to(folder)) for path in paths)
+    if classes is None:
+        known = ClassNames.of(1000)
+        texts = tuple(known.short(known.synsets.index(name)) if name in known.synsets else name for name in names)
+        return FileSamples(paths, {"class": own}, of_masks), Question("class", texts, tuple(range(len(names))))
+    known = ClassNames.of(classes)
+    numbers = torch.tensor([known.find(name) for name in names])
+    texts = tuple(known.short(number) for number in range(classes))
+    return FileSamples(paths, {"class": numbers[own]}, of_masks), Question("class", texts, tuple(range(classes)))
+
+
+def _beside(folder: Path, name: Path) -> Path:
+    path = folder / name.with_suffix(".png")
+    if not path.is_file():
+        raise InputError(f"Expected a mask for each image; there is none at {str(path)!r}.")
+    return path
+
+
+def thirds(samples: FileSamples) -> Splits:
+    """Photographs for three purposes, by a hash of the last two parts of their paths: the same wherever they lie.
+
+    Raises:
+        InputError: If there are too few to have some for each.
+    """
+    rows: tuple[list[int], ...] = ([], [], [])
+    for row, path in enumerate(samples.paths):
+        name = "/".join(path.parts[-2:]).encode("utf-8", "surrogateescape")
+        rows[hashlib.sha256(name).digest()[0] % 3].append(row)
+    if not all(rows):
+        raise InputError(f"Expected images for training, validation and test; {len(samples)} are too few.")
+    return Splits(*(samples.some(some) for some in rows))
+
+
+def waterbirds(folder: Path) -> Splits:
+    """Waterbirds as it is published: ``metadata.csv`` and the photographs that it lists.
+
+    Labels are ``group``, the class (1 for waterbirds), and ``water``, the background (1 for water).
+
+    Raises:
+        InputError: If the list, a column of it, a photograph or a split is missing.
+    """
+    path = folder / METADATA
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"Waterbirds' list {str(path)!r} cannot be read: {error}.") from error
+    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+        raise InputError(f"Expected the columns {', '.join(COLUMNS)} in {str(path)!r}; it has no {missing[0]!r}.")
+    for row in rows:
+        if any(row[name] not in allowed for name, allowed in (("y", "01"), ("place", "01"), ("split", "012"))):
+            raise InputError(f"Expected y and place 0 or 1, and split 0, 1 or 2, in {str(path)!r}; got {dict(row)}.")
+        if not (folder / row["img_filename"]).is_file():
+            raise InputError(f"Expected the photographs that {str(path)!r} lists; there is no {row['img_filename']!r}.")
+    return Splits(
+        *(_listed(folder, [row for row in rows if row["split"] == split], name) for name, split in SPLITS.items())
+    )
+
+
+def _listed(folder: Path, rows: Sequence[Mapping[str, str]], name: str) -> FileSamples:
+    if not rows:
+        raise InputError(f"Expected photographs for {name} in {str(folder / METADATA)!r}; there are none.")
+    labels = {"group": "y", "water": "place"}
+    return FileSamples(
+        tuple(folder / row["img_filename"] for row in rows),
+        {name: torch.tensor([int(row[column]) for row in rows]) for name, column in labels.items()},
+    )
