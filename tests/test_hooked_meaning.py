@@ -43,7 +43,7 @@ def close(left, right):
     return bool((left - right).abs().max() <= 1e-11 * max(right.abs().max().item(), 1.0))
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=swept(NAMES))
 def name(request):
     return request.param
 

@@ -3,13 +3,13 @@
 import pytest
 import timm
 import torch
-from tiny_models import TINY_MODELS, images_for
+from tiny_models import TINY_MODELS, images_for, swept
 
 from vitdecomp_lens.components import Component, Point
 from vitdecomp_lens.hooked import HookedViT
 
 
-@pytest.fixture(params=list(TINY_MODELS))
+@pytest.fixture(params=swept(TINY_MODELS))
 def name(request):
     return request.param
 
