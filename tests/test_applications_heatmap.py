@@ -329,7 +329,11 @@ def test_measures_are_those_of_published_code(threshold):
     assert found.numbers() == pytest.approx(by_hand(maps.to_pixels()[:, 0], masks, threshold))
     assert found.numbers() == {name: getattr(found, name) for name in found.numbers()}
     pieces = [heatmap.segment(maps.images(n), masks[n : n + 1], threshold=threshold) for n in range(5)]
-    assert heatmap.Segmentation.cat(pieces).numbers() == pytest.approx(found.numbers())
+    joined = heatmap.Segmentation.cat(pieces)
+    assert joined.numbers() == pytest.approx(found.numbers())
+    assert joined.threshold == threshold
+    other = heatmap.segment(maps, masks, threshold=0.125)
+    assert heatmap.Segmentation.cat([*pieces, other]).threshold is None
     for measure in found.numbers():
         low, high = found.interval(measure)
         assert low <= found.numbers()[measure] <= high

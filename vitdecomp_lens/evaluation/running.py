@@ -23,6 +23,7 @@ __all__ = ["TASKS", "Tell", "on_photographs", "on_testbed"]
 Tell = Callable[[str, float], None]  # what is being done, and the share that is
 Task = Callable[[Subject, int, int], Iterator[Record]]  # of a model, a seed, and how many scenes
 BATCH = 250  # scenes in one run
+SEGMENTED = 200  # scenes that are segmented at most: each has thousands of pixels
 
 
 def _ablation(subject: Subject, seed: int, size: int) -> Iterator[Record]:
@@ -37,7 +38,7 @@ def _retrieval(subject: Subject, seed: int, size: int) -> Iterator[Record]:
 
 
 def _segmentation(subject: Subject, seed: int, size: int) -> Iterator[Record]:
-    plain, two = (scenes.splits(kind, seed=seed, size=size) for kind in ("plain", "pairs"))
+    plain, two = (scenes.splits(kind, seed=seed, size=min(size, SEGMENTED)) for kind in ("plain", "pairs"))
     yield from segmenting.single(subject, plain, scenes.question("shape"), seed=seed)
     for name in ("shape", "colour"):
         yield from segmenting.pairs(subject, two, scenes.question(name), seed=seed)
