@@ -25,6 +25,7 @@ MODULES = (
     "report",
     "testbed",
     "testbed.planted",
+    "viz",
 )
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 

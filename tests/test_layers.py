@@ -45,6 +45,7 @@ LAYERS = (
     {"linear_classifier"},
     {"cumulative"},
     {"applications"},
+    {"viz"},
     {"report"},
     {"testbed"},
     {"evaluation"},

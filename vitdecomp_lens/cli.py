@@ -11,11 +11,11 @@ from importlib.metadata import version
 
 from rich.console import Console
 
-from vitdecomp_lens.commands import align, collect, evaluate, explain, interpret, report, verify
+from vitdecomp_lens.commands import align, collect, demo, evaluate, explain, interpret, report, verify
 from vitdecomp_lens.commands.showing import say_error
 from vitdecomp_lens.errors import VitDecompError
 
-COMMANDS = (verify, explain, report, collect, align, interpret, evaluate)  # as the help lists them
+COMMANDS = (demo, verify, explain, report, collect, align, interpret, evaluate)  # as the help lists them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vitdecomp_lens.evaluation.running import Tell
 
 TASKS = ("ablation", "retrieval", "segmentation", "spurious", "typographic")
-OWN = ("images", "masks", "waterbirds")  # options that name data of one's own
+OWN = ("images", "masks", "waterbirds", "outlines")  # options that name data of one's own
 
 
 def add_to(commands: Any) -> None:
@@ -34,7 +34,8 @@ def add_to(commands: Any) -> None:
         "evaluate",
         help="the paper's tables, on the testbed or on your model and photographs",
         description="Ablation curves, retrieval, segmentation and repair, each beside what it is compared with. "
-        "Without --model, six models of the testbed are evaluated on drawn scenes, of which all is known (some minutes). "
+        "Without --model, six models of the testbed are evaluated on drawn scenes, of which all is known (some "
+        "minutes). "
         "Writes results.md, results.json and pictures.",
     )
     parser.add_argument("--out", type=Path, default=Path("evaluated"), metavar="DIR", help="where to (evaluated)")
@@ -48,6 +49,8 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs, a subfolder for each class")
     parser.add_argument("--masks", type=Path, metavar="DIR", help="for each a mask under the same path, ending in .png")
     parser.add_argument("--waterbirds", type=Path, metavar="DIR", help="the folder with Waterbirds' metadata.csv")
+    outlines = "images and labels: outlines of COCO's classes in YOLO's form, for a classifier of ImageNet's"
+    parser.add_argument("--outlines", type=Path, metavar="DIR", help=outlines)
     joined = "results.json of earlier runs, to put into the same tables; alone, nothing else is evaluated"
     parser.add_argument("--join", type=Path, nargs="+", default=[], metavar="FILE", help=joined)
     parser.set_defaults(run=run)
@@ -95,10 +98,14 @@ def _of_ones_own(options: argparse.Namespace, errors: Console, tell: "Tell") -> 
     from vitdecomp_lens.evaluation.running import Photographs, on_photographs
     from vitdecomp_lens.evaluation.subjects import Subject
 
-    words = Words(options, errors)
     original, origin = named_model(options.model, options, open_clip=options.open_clip)
     note_untrained(origin, errors)
-    model, clip = HookedViT(original), HookedViT(words.clip)
+    model, name = HookedViT(original), options.model
+    data = Photographs(options.images, options.masks, options.waterbirds, options.outlines)
+    if not data.need_texts:
+        return on_photographs(Subject(name, model, _no_texts), data, tell=tell)
+    words = Words(options, errors)
+    clip = HookedViT(words.clip)
     itself = weights_hash(model) == weights_hash(clip)
     if itself == (options.aligner is not None):
         wanted = "no aligner for the CLIP itself" if itself else "--aligner FILE, which takes contributions to the CLIP"
@@ -109,7 +116,10 @@ def _of_ones_own(options: argparse.Namespace, errors: Console, tell: "Tell") -> 
         return words.embedded(several, put_into=words.templates)
 
     classes = getattr(original, "num_classes", 0)
-    subject = Subject(options.model, model, texts, aligner, classifier=isinstance(classes, int) and classes > 0)
+    subject = Subject(name, model, texts, aligner, classifier=isinstance(classes, int) and classes > 0)
     eye = Subject(options.clip or f"{TESTBED}clip", clip, texts, None, classifier=False)
-    data = Photographs(options.images, options.masks, options.waterbirds)
     return on_photographs(subject, data, clip=eye, tell=tell)
+
+
+def _no_texts(several: Sequence[str]) -> TextBank:
+    raise InputError(f"Expected --clip, to embed {several[0]!r}; got none.")

@@ -109,11 +109,19 @@ class Photographs:
         images: A folder with a subfolder for each class, as ImageNet's validation images come.
         masks: A folder of masks of these.
         waterbirds: The folder of Waterbirds.
+        outlines: A folder with ``images`` and ``labels``, outlines of COCO's classes in YOLO's form, for a classifier
+            of ImageNet's classes.
     """
 
     images: Path | None = None
     masks: Path | None = None
     waterbirds: Path | None = None
+    outlines: Path | None = None
+
+    @property
+    def need_texts(self) -> bool:
+        """Whether a task reads components in words."""
+        return self.images is not None or self.waterbirds is not None
 
 
 def on_photographs(
@@ -124,7 +132,7 @@ def on_photographs(
     Args:
         subject: The model, with an aligner, or the CLIP itself.
         data: Which photographs there are: classes are needed for ablation curves and the paper's measure of retrieval,
-            masks for segmentation, Waterbirds for repair.
+            masks or outlines for segmentation, Waterbirds for repair.
         clip: The CLIP that texts are of.
         tell: Called with what is being done, and the share that is done.
 
@@ -159,6 +167,9 @@ def _of_photographs(
         birds, texts = waterbirds(data.waterbirds), paper_waterbirds()
         options: dict[str, Any] = {"core": texts["core"], "background": texts["spurious"], "seed": 0}
         yield "spurious", lambda: repairing.spurious(subject, birds, **options)
+    if data.outlines is not None:
+        images, labels = (data.outlines / name for name in ("images", "labels"))
+        yield "photographs", lambda: segmenting.photographs(subject, images, labels)
 
 
 def _refuse_unknown(names: Sequence[str], known: Sequence[str] | Mapping[str, Any], what: str) -> None:
