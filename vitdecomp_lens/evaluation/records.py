@@ -129,9 +129,8 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write JSON."""
-        content = {"made": dict(self.made), "records": [_packed(record) for record in self.records]}
-        lines = json.dumps(content, indent=1, allow_nan=False)
-        path.write_text(lines + "\n", encoding="utf-8")
+        records = ",\n".join(json.dumps(_packed(record), allow_nan=False) for record in self.records)
+        path.write_text(f'{{"made": {json.dumps(dict(self.made))}, "records": [\n{records}\n]}}\n', encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Results":
