@@ -44,6 +44,17 @@ def test_results_come_back_from_disk(tmp_path):
         Results.load(tmp_path / "bad.json")
 
 
+def test_runs_are_joined_once_each():
+    one, other = (
+        Results(records(ours={"a": (0.1,)}), {"seeds": [0]}),
+        Results(records(ours={"b": (0.2,)}), {"seeds": [1]}),
+    )
+    assert dict((one + other).made) == {"seeds": [0, 1]}
+    assert (one + other).names("model") == ("a", "b")
+    with pytest.raises(InputError, match="different runs"):
+        one + one
+
+
 @pytest.mark.parametrize(("number", "said"), [(0.9996, "1.000"), (0.5, ".500"), (-0.25, "-.250"), (12.0, "12.000")])
 def test_numbers_are_short(number, said):
     assert short(number) == said
@@ -81,6 +92,7 @@ def test_subfolders_are_classes_by_synset_or_name(folder, model):
     samples, question = class_folder(folder, 1000)
     assert samples.labels["class"].tolist() == [1] * 4 + [0] * 4
     assert question.texts[:2] == ("tench", "goldfish")
+    assert len(set(question.texts)) == 1000
     assert torch.cat(list(samples.batches(model))).shape == (8, 3, 160, 160)
     _, asked = class_folder(folder, None)
     assert (asked.texts, asked.columns) == (("goldfish", "tench"), (0, 1))

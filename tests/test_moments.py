@@ -259,3 +259,11 @@ def test_windows_hold_all_fitted_images_in_order_whether_kept_or_read_again(wind
     targets = source().targets
     torch.testing.assert_close(whole.units * whole.norms[:, None], targets[~mask])
     torch.testing.assert_close(kept.held.units * kept.held.norms[:, None], targets[mask])
+
+
+def test_bases_keep_no_more_than_themselves():
+    moments = Moments(3, 40)
+    moments.add(
+        torch.randn(3, 100, 4, generator=torch.Generator().manual_seed(0)).double() @ torch.randn(4, 40).double()
+    )
+    assert [basis.untyped_storage().nbytes() for basis in moments.bases(rounding=1e-15)] == [8 * 40 * 4] * 3

@@ -90,26 +90,33 @@ class Moments:
             tolerance: From where on a direction counts.
             max_rank: How many directions to keep at most.
         """
-        rounding = _summed(rounding)
-        variances, directions = torch.linalg.eigh(self.scatter / max(self.count, 1))
-        variances, directions = variances.clamp_min(0).flip(1), directions.flip(2)
-        squares = self.mean.square().sum(1) + variances.sum(1)
-        deviations, sizes = variances.sqrt(), squares.sqrt()
-        ranks = (deviations > torch.maximum(tolerance * deviations[:, 0], rounding * sizes)[:, None]).sum(1).tolist()
-        found = []
-        for mean, axes, rank, size in zip(self.mean, directions, ranks, sizes.tolist(), strict=True):
-            basis = axes[:, :rank]
-            outside = mean - basis @ (basis.T @ mean)
-            if float(outside.norm()) > max(tolerance, rounding) * size and rank < len(mean):
-                basis = torch.cat([basis, (outside / outside.norm())[:, None]], 1)
-                basis = torch.linalg.qr(basis).Q  # being a remainder, it is not quite orthogonal
-            found.append(basis[:, :max_rank])
-        return found
+        rounding, found = _summed(rounding), []
+        group = max(1, _AT_ONCE // self.mean.shape[1] ** 2)  # small ones together; of large ones, one table at a time
+        for first in range(0, len(self.mean), group):
+            rows = slice(first, first + group)
+            found += _bases(self.scatter[rows] / max(self.count, 1), self.mean[rows], rounding, tolerance)
+        return [basis[:, :max_rank].clone() for basis in found]  # without what it is a view of
 
 
 def _summed(rounding: float) -> float:
     """What rounding adds to a vector is at most half of this share of its length. Sums are off by more."""
     return max(rounding, _ROUNDING * min(rounding, torch.finfo(torch.float32).eps))
+
+
+def _bases(covariances: Tensor, means: Tensor, rounding: float, tolerance: float) -> list[Tensor]:
+    variances, directions = torch.linalg.eigh(covariances)
+    variances, directions = variances.clamp_min(0).flip(1), directions.flip(2)
+    deviations, sizes = variances.sqrt(), (means.square().sum(1) + variances.sum(1)).sqrt()
+    ranks = (deviations > torch.maximum(tolerance * deviations[:, 0], rounding * sizes)[:, None]).sum(1).tolist()
+    found = []
+    for mean, axes, rank, size in zip(means, directions, ranks, sizes.tolist(), strict=True):
+        basis = axes[:, :rank]
+        outside = mean - basis @ (basis.T @ mean)
+        if float(outside.norm()) > max(tolerance, rounding) * size and rank < len(mean):
+            basis = torch.cat([basis, (outside / outside.norm())[:, None]], 1)
+            basis = torch.linalg.qr(basis).Q  # being a remainder, it is not quite orthogonal
+        found.append(basis)
+    return found
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,10 @@ def class_folder(folder: Path, classes: int | None, masks: Path | None = None) -
         return FileSamples(paths, {"class": own}, of_masks), Question("class", texts, tuple(range(len(names))))
     known = ClassNames.of(classes)
     numbers = torch.tensor([known.find(name) for name in names])
-    texts = tuple(known.short(number) for number in range(classes))
+    short = [known.short(number) for number in range(classes)]
+    # Of ImageNet's classes two are called crane: those are told by all of their names, or by number.
+    full = [known.names[n] if short.count(name) > 1 else name for n, name in enumerate(short)]
+    texts = tuple(f"{name} ({n})" if full.count(name) > 1 else name for n, name in enumerate(full))
     return FileSamples(paths, {"class": numbers[own]}, of_masks), Question("class", texts, tuple(range(classes)))
 
 
@@ -134,12 +137,15 @@ def thirds(samples: FileSamples) -> Splits:
         InputError: If there are too few to have some for each.
     """
     rows: tuple[list[int], ...] = ([], [], [])
+    digests: dict[int, bytes] = {}
     for row, path in enumerate(samples.paths):
         name = "/".join(path.parts[-2:]).encode("utf-8", "surrogateescape")
-        rows[hashlib.sha256(name).digest()[0] % 3].append(row)
+        digests[row] = hashlib.sha256(name).digest()
+        rows[digests[row][0] % 3].append(row)
     if not all(rows):
         raise InputError(f"Expected images for training, validation and test; {len(samples)} are too few.")
-    return Splits(*(samples.some(some) for some in rows))
+    # In an order that is not that of classes, so that the first some are of all.
+    return Splits(*(samples.some(sorted(some, key=digests.__getitem__)) for some in rows))
 
 
 def waterbirds(folder: Path) -> Splits:

@@ -58,7 +58,15 @@ class Results:
         return f"Results({len(self.records)} numbers: {tasks})"
 
     def __add__(self, other: "Results") -> "Results":
-        return Results(self.records + other.records, {**self.made, **other.made})
+        """Both; what is said of how they were made differently is said of both."""
+        if twice := {_named(one) for one in self.records} & {_named(one) for one in other.records}:
+            raise InputError(f"Expected results of different runs; both hold {sorted(map(str, twice))[0]}.")
+        made = {
+            name: [*(known if isinstance(known, list) else [known]), *(new if isinstance(new, list) else [new])]
+            for name, new in other.made.items()
+            if (known := self.made.get(name, new)) != new
+        }
+        return Results(self.records + other.records, {**self.made, **other.made, **made})
 
     def where(self, **wanted: Any) -> "Results":
         """Those records whose fields are these.
@@ -170,6 +178,11 @@ def short(number: float) -> str:
 def gathered(several: Iterable[Iterator[Record]], made: Mapping[str, Any]) -> Results:
     """What several tasks measured."""
     return Results(tuple(record for records in several for record in records), made)
+
+
+def _named(record: Record) -> tuple[Any, ...]:
+    """What a number is of."""
+    return record.task, record.measure, record.model, record.method, record.of, record.seed, record.step
 
 
 def _packed(record: Record) -> dict[str, Any]:

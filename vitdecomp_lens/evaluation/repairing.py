@@ -32,6 +32,7 @@ __all__ = ["RepairProtocol", "spurious", "typographic"]
 
 SPURIOUS, TYPOGRAPHIC = "spurious correlation", "typographic attack"
 HOWS: tuple[Replacing, ...] = ("mean", "position_mean")
+BOTH = tuple(f"class {one}, background {other}" for one in (0, 1) for other in (0, 1))
 LOST = 0.02  # what is worth bringing back
 
 
@@ -101,7 +102,8 @@ def spurious(
     classifier = LinearClassifier.fit(training.total, data.training.labels[label], decay=protocol.decay)
 
     def groups(samples: Samples) -> Groups:
-        return Groups.crossing(**{name: samples.labels[name] for name in (label, attribute)})
+        classes, grounds = (samples.labels[name] for name in (label, attribute))
+        return Groups(2 * classes + grounds, BOTH)  # all four, whether there are images of each or not
 
     bench = _Repair(subject, data, protocol, training, classifier, label, groups, {"average": protocol.average}, seed)
     for method, found, count in (*bench.methods(background, core, read=True), *bench.comparisons(background)):

@@ -91,8 +91,10 @@ def on_testbed(
     """
     _refuse_unknown(tasks, TASKS, "task")
     _refuse_unknown(models, scenes.NAMES, "model")
-    if size < 100 or not seeds or any(not 0 <= seed <= 9 for seed in seeds):
-        raise InputError(f"Expected size= of at least 100 scenes and seeds from 0 to 9; got {size} and {list(seeds)}.")
+    if size < 100 or not seeds or len(set(seeds)) < len(seeds) or any(not 0 <= seed <= 9 for seed in seeds):
+        raise InputError(
+            f"Expected size= of at least 100 scenes and different seeds from 0 to 9; got {size} and {list(seeds)}."
+        )
     records: list[Record] = []
     runs = list(product(models, seeds, tasks))  # tasks share what a model makes of the scenes of a seed
     for done, (name, seed, task) in enumerate(runs):

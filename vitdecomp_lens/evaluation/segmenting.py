@@ -33,6 +33,7 @@ from vitdecomp_lens.tokens import TokenAttribution
 __all__ = ["CHOSEN", "MEASURES", "PUBLISHED", "Protocol", "pairs", "photographs", "single"]
 
 PUBLISHED, CHOSEN = "published protocol", "chosen protocol"
+IMAGENET = 1000  # classes
 DECOMPOSITION, ANY_ANSWER, CONSTANT = "decomposition", "decomposition, any answer", "constant"
 MEASURES = {
     "pixel accuracy": "pixel_accuracy",
@@ -308,9 +309,11 @@ class _Held:
         answers, made, first = samples.labels[question.label], [], 0
         for images in samples.batches(reading.model):
             chosen = seen[first : first + len(images)].nonzero()[:, 0]
-            for part in chosen.split(protocol.batch):
+            for part in chosen.split(protocol.batch) if len(chosen) else ():
                 made.append(_made(reading, images[part], answers[first + part].tolist(), protocol))
             first += len(images)
+        if not made:
+            raise InputError(f"Expected masks of what is to be seen; in all of the {len(samples)} they are empty.")
         return cls(_joined(made), masks[seen], None if others is None else others[seen])
 
     @classmethod
@@ -379,6 +382,8 @@ class _Shown:
         number = max(masks, key=lambda one: int(masks[one].sum()))
         if float(masks[number].double().mean()) < protocol.least:
             return None
+        if getattr(model.original, "num_classes", 0) != IMAGENET and kinds is IMAGENET_KINDS:
+            raise InputError(f"Expected a classifier of ImageNet's {IMAGENET} classes, or kinds= of one's own.")
         with torch.no_grad():
             logits = model(image)[0, list(kinds[number])]
         return cls(image, masks[number], kinds[number][int(logits.argmax())])
