@@ -91,9 +91,8 @@ def of_texts(
 ) -> Heatmaps:
     """Where in each image the components read what they write along each text.
 
-    It is one `attribute_tokens` and a sum over components, and costs next to nothing beside it: for 100 texts and a
-    batch of a ViT-B about as much as the forward itself in all. To measure it, time this call against ``model(images)``
-    under ``torch.no_grad()``, both after a first call, which traces the model.
+    It is one `attribute_tokens` and a sum over components: for 100 texts and a batch of a ViT-B a tenth (class token) to
+    a quarter (mean of patches) more than the forward itself (``benchmarks/heatmaps.py``).
 
     Args:
         model: As for `attribute_tokens`: a CLIP's image tower, or any model with an aligner.
