@@ -152,6 +152,7 @@ class Description:
 
         Example:
             >>> from vitdecomp_lens import HookedViT, attribute_tokens, decompose
+            >>> _ = torch.manual_seed(0)
             >>> model = HookedViT.from_timm("test_vit", num_classes=5)
             >>> images, others = torch.randn(1, 3, 160, 160), torch.randn(3, 3, 160, 160)
             >>> bank = TextBank(["up", "down"], torch.eye(64)[:2] - torch.eye(64)[2:4], space="example")
