@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vitdecomp_lens import HookedViT
+from vitdecomp_lens.cli import main
 from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError
 from vitdecomp_lens.evaluation.folders import class_folder, thirds, waterbirds
 from vitdecomp_lens.evaluation.published import published
@@ -173,3 +174,36 @@ def test_waterbirds_comes_in_its_own_splits(tmp_path):
         waterbirds(tmp_path)
     with pytest.raises(InputError, match="cannot be read"):
         waterbirds(tmp_path / "nowhere")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_tables_and_joins_what_several_runs_found(tmp_path, capsys):
+    asked = ["evaluate", "--tasks", "typographic", "--models", "clip", "--size", "100", "--seeds"]
+    for seed in ("7", "8"):
+        assert main([*asked, seed, "--out", str(tmp_path / seed)]) == 0
+    found = [str(tmp_path / seed / "results.json") for seed in ("7", "8")]
+    assert main(["evaluate", "--join", *found, "--out", str(tmp_path / "both")]) == 0
+    both = Results.load(tmp_path / "both" / "results.json")
+    assert both.made["seeds"] == [7, 8]
+    before = both.values(task="typographic attack", measure="clean", method="before")
+    assert len(before) == 2
+    assert min(before) > 0.8
+    assert "| before | ." in (tmp_path / "both" / "results.md").read_text()
+    assert main(["evaluate", "--join", found[0], found[0], "--out", str(tmp_path / "twice")]) == 2
+    assert "different runs" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "test_vit"], "--model alone"),
+        (["--images", "photographs"], "--images alone"),
+        (["--model", "test_vit", "--images", "photographs", "--seeds", "1"], "--seeds is for the testbed"),
+        (["--seeds", "1", "1"], "different seeds"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, said, tmp_path, capsys):
+    assert main(["evaluate", *options, "--out", str(tmp_path)]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -93,7 +93,7 @@ class Coordinates:
     def __init__(
         self, source: AlignmentSource, spans: Spans, held_out: Bool[Tensor, "image"], *, max_bytes: int, seed: int
     ) -> None:
-        self.spans, self._source, self._mask, self._max_bytes = spans, source, held_out, max_bytes
+        self.spans, self._source, self._mask = spans, source, held_out
         self.fitted = int((~held_out).sum())
         drawn = some_of(~held_out, _SAMPLE, seed)
         tables: list[tuple[Bool[Tensor, "image"], Table]] = []

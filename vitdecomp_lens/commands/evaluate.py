@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vitdecomp_lens.evaluation.running import Tell
 
 TASKS = ("ablation", "retrieval", "segmentation", "spurious", "typographic")
+DRAWN = ("tasks", "models", "seeds", "size")  # options that say what is drawn of the testbed
 OWN = ("images", "masks", "waterbirds", "outlines")  # options that name data of one's own
 
 
@@ -34,15 +35,14 @@ def add_to(commands: Any) -> None:
         "evaluate",
         help="the paper's tables, on the testbed or on your model and photographs",
         description="Ablation curves, retrieval, segmentation and repair, each beside what it is compared with. "
-        "Without --model, six models of the testbed are evaluated on drawn scenes, of which all is known (some "
-        "minutes). "
-        "Writes results.md, results.json and pictures.",
+        "Without --model, six models of the testbed are evaluated on drawn scenes, of which all is known; all of it "
+        "takes well over half an hour. Writes results.md, results.json and pictures.",
     )
     parser.add_argument("--out", type=Path, default=Path("evaluated"), metavar="DIR", help="where to (evaluated)")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="on the testbed: which; all")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="on the testbed: which; all")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="on the testbed: which; all six")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of scenes (0 1 2)")
-    parser.add_argument("--size", type=positive, default=1000, metavar="N", help="scenes of each split (1000)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="on the testbed: of scenes (0 1 2)")
+    parser.add_argument("--size", type=positive, metavar="N", help="on the testbed: scenes of each split (1000)")
     add_model(parser)
     add_clip(parser)
     add_aligner(parser)
@@ -62,14 +62,18 @@ def run(options: argparse.Namespace, errors: Console) -> int:
     from vitdecomp_lens.evaluation.records import Results
 
     check_folder(options.out, "--out")
-    own = [name for name in OWN if getattr(options, name) is not None]
+    own, drawn = ([name for name in names if getattr(options, name) is not None] for names in (OWN, DRAWN))
     if bool(own) != (options.model is not None):
         raise InputError(
             f"Expected --model with photographs to evaluate it on (--images, --waterbirds), or neither for the "
             f"testbed; got {'--' + own[0] if own else '--model'} alone."
         )
+    if own and drawn:
+        raise InputError(
+            f"--{drawn[0]} is for the testbed, and --{own[0]} for photographs of your own; give one of them."
+        )
     earlier = [Results.load(path) for path in options.join]
-    if earlier and not own and options.models is None:
+    if earlier and not own and not drawn:
         found = functools.reduce(operator.add, earlier)
     else:
         found = functools.reduce(operator.add, [*earlier, _found(options, errors)])
@@ -90,8 +94,8 @@ def _found(options: argparse.Namespace, errors: Console) -> "Results":
 
         if options.model is not None:
             return _of_ones_own(options, errors, tell)
-        models = options.models or running.scenes.NAMES
-        return running.on_testbed(options.tasks, models=models, seeds=options.seeds, size=options.size, tell=tell)
+        chosen = {name: value for name in DRAWN if (value := getattr(options, name)) is not None}
+        return running.on_testbed(**chosen, tell=tell)
 
 
 def _of_ones_own(options: argparse.Namespace, errors: Console, tell: "Tell") -> "Results":
