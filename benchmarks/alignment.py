@@ -13,7 +13,7 @@ beside it, until both terms are at most the recipe's. The second term is for "co
 spans, for "compalign_paper" the recipe's own. Before both, a step of the recipe and a fit to a few images are run that
 no clock sees. Times are medians over rounds.
 
-Where the recipe would take too long (--size vit_b: 80 minutes on one core), it runs for --minutes. Its steps cost the same from
+Where the recipe would take too long (--size vit_b: 80 minutes), it runs for --minutes. Its steps cost the same from
 the first to the last, so that its time is told by those that ran. What its loss comes to in the end is not known, but
 is bounded from below, if the loss goes on to fall ever more slowly: by the straight line through the last two
 measurements. The aligner's time to *that* loss (the sum of both terms), over the recipe's whole time, is what is
