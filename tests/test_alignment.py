@@ -526,6 +526,16 @@ def test_little_memory_reads_again_and_comes_to_as_good_an_end():
     torch.testing.assert_close(again.maps, small.maps, rtol=0, atol=1e-9)
 
 
+def test_with_little_memory_a_component_that_writes_nothing_is_no_hindrance():
+    truth = planted(images=120, components=3)
+    values = truth.parts.values.clone()
+    values[1:] = 0
+    parts = Decomposition(values, truth.parts.components, values.sum(0))
+    aligner = Aligner.fit(parts, truth.targets, max_bytes=3000, epochs=1)
+    assert not aligner.maps[1:].any()
+    assert aligner.maps[0].any()
+
+
 class Killed(BaseException):
     """What ends a process."""
 

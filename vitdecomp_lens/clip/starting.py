@@ -42,12 +42,12 @@ class NormalEquations:
     def __init__(self, coordinates: Coordinates, max_bytes: int) -> None:
         self.coordinates, layout = coordinates, coordinates.spans.layout
         most = _columns(max_bytes, coordinates.held.units.shape[1])
-        stops = [layout.slices[rows[-1]].stop for rows in layout.blocks(most)]
+        stops = sorted({layout.slices[rows[-1]].stop for rows in layout.blocks(most)} - {0})  # a span may be empty
         device = coordinates.held.rows.device
         self.blocks = [
             torch.tensor([*range(start, stop), layout.width], device=device)
             for start, stop in zip([0, *stops], stops, strict=False)
-        ]
+        ] or [torch.tensor([layout.width], device=device)]
         self.shift = coordinates.sample.rows.mean(0)
         self.kinds: tuple[Literal["given", "unit"], ...] = ("unit",)
         if coordinates.targets_differ_in_length:
@@ -262,7 +262,7 @@ def _scale(equations: NormalEquations, maps: Maps, lengths: Lengths) -> float:
 
 def _sweep(maps: Maps, block: Tensor, second: Tensor, cross: Tensor, layout: Layout) -> None:
     """Each component of a block once, and the bias. Moments about the mean, as the bias takes what means leave."""
-    first, last = int(block[0]), int(block[-2]) + 1
+    first, last = int(block[0]), int(block[0]) + len(block) - 1
     table, means = second[:-1, :-1], second[-1, :-1] / second[-1, -1]
     shared = second[-1, :-1] @ maps[first:last]  # the bias column with what all components of the block write
     for row in layout.order:
