@@ -107,7 +107,16 @@ def test_every_curve_starts_with_nothing_ablated(made):
 
 
 def test_the_area_is_that_below_straight_lines():
-    assert ablating._area([0, 1, 4], [1.0, 0.5, 0.5]) == pytest.approx((0.75 + 1.5) / 4)
+    values = torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.5, 0.0]])
+    assert ablating._area([0, 1, 4], values).tolist() == pytest.approx([(0.75 + 1.5) / 4, (0.5 + 1.5) / 4])
+
+
+def test_every_number_has_an_interval_over_images(made):
+    *_, found = made
+    for record in found.records:
+        assert record.interval[0] <= record.value <= record.interval[1]
+    assert {record.interval for record in found.where(measure="accuracy", step=0).records} == {(1.0, 1.0)}
+    assert any(record.interval[0] < record.interval[1] for record in found.where(measure="area").records)
 
 
 def test_curves_of_several_models_stand_side_by_side(made):

@@ -10,7 +10,7 @@ from test_applications_repair import planted_model, stripes
 
 from vitdecomp_lens import HookedViT
 from vitdecomp_lens.clip import TextBank
-from vitdecomp_lens.errors import UnsupportedModelError, VitDecompWarning
+from vitdecomp_lens.errors import InputError, UnsupportedModelError, VitDecompWarning
 from vitdecomp_lens.evaluation import repairing
 from vitdecomp_lens.evaluation.records import Results
 from vitdecomp_lens.evaluation.repairing import RepairProtocol, spurious, typographic
@@ -99,6 +99,15 @@ def test_the_planted_head_is_found_and_the_worst_group_restored(method):
     )
 
 
+def test_numbers_of_one_accuracy_have_intervals_over_images():
+    found = repaired()
+    (single,) = found.where(measure="worst group", method="total, mean").records
+    assert single.interval[0] < single.value < single.interval[1]
+    (several,) = found.where(measure="worst group", method="direct, random").records
+    assert several.interval is None
+    assert {record.interval for record in found.where(measure="count").records} == {None}
+
+
 def test_other_orders_do_not_restore_it():
     found = repaired()
     worst = found.mean(measure="worst group", method="total, mean, skipping")
@@ -149,6 +158,14 @@ def test_the_exported_model_is_the_ablated_one():
             found.mean(measure=measure, method=f"total, mean, skipping{more}") for more in ("", ", exported")
         )
         assert ablated == exported
+
+
+def test_a_group_without_samples_is_refused_by_name():
+    subject, data = planted()
+    labels = data.test.labels
+    empty = replace(data, test=Images(data.test.pixels, {**labels, "water": labels["water"] | labels["group"]}))
+    with pytest.raises(InputError, match="none of 'class 1, background 0'"):
+        list(spurious(subject, empty, core=("round",), background=("water",), seed=0, protocol=PROTOCOL))
 
 
 def test_a_model_that_cannot_be_exported_is_told_and_nothing_breaks(monkeypatch):

@@ -1,17 +1,24 @@
 """Segmentation under evaluation: both protocols hold for all methods, and photographs with outlines are read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from real_data import FOLDER, MODEL, WEIGHTS
+from safetensors.torch import load_file
 
 from vitdecomp_lens import HookedViT, testbed
 from vitdecomp_lens.applications import heatmap
+from vitdecomp_lens.applications.heatmap import Heatmaps
 from vitdecomp_lens.class_names import ClassNames
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.evaluation import coco, segmenting
+from vitdecomp_lens.evaluation.folders import class_folder, thirds
 from vitdecomp_lens.evaluation.records import Results
 from vitdecomp_lens.evaluation.segmenting import CHOSEN, PUBLISHED, Protocol, pairs, photographs, single
 from vitdecomp_lens.evaluation.subjects import Question, Splits, Subject
@@ -145,7 +152,51 @@ def test_of_two_objects_a_prompt_points_at_the_one_that_is_asked_for():
     assert set(found.names("measure")) == {*segmenting.MEASURES, *segmenting.POINTING}
 
 
+@pytest.mark.parametrize("name", ["dino", "deit"])
+def test_of_many_classes_only_those_of_a_batch_are_read_and_nothing_changes(name):
+    options = {"seed": 0, "protocol": replace(QUICK, thresholds=(1.0,), batch=4)}
+    whole = results(single(subject(name), splits(), question(), **options))
+    options["protocol"] = replace(options["protocol"], together=1)
+    some = results(single(subject(name), splits(), question(), **options))
+    assert set(whole.names("method")) - set(some.names("method")) == {"decomposition, any answer"}
+    for record in some.records:
+        (expected,) = whole.values(measure=record.measure, method=record.method, of=record.of)
+        assert record.value == pytest.approx(expected, abs=1e-4)
+
+
 # ---- photographs
+
+
+def class_folders(folder, count):
+    """Photographs of noise in folders of ImageNet's classes, each with a mask of a rectangle."""
+    chance = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / "{}" / ("tench", "goldfish", "hen")[number % 3] / f"{number}.png"
+        mask = np.zeros((40, 60), dtype=np.uint8)
+        mask[5:25, 10 + number : 40] = 255
+        for kind, pixels in (("images", chance.integers(0, 255, (40, 60, 3), dtype=np.uint8)), ("masks", mask)):
+            own = Path(str(path).format(kind))
+            own.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(own)
+    return folder / "images", folder / "masks"
+
+
+def test_photographs_with_masks_are_segmented_by_a_classifier_of_a_thousand_classes(tmp_path):
+    images, masks = class_folders(tmp_path, 12)
+    model = HookedViT(timm.create_model("test_vit", num_classes=1000).eval().requires_grad_(False))
+    found, asked = class_folder(images, model, masks)
+    data = Splits(*thirds(found))
+    numbers = results(single(Subject("tiny", model, lambda texts: None), data, asked, seed=0, protocol=QUICK))
+    assert numbers.names("method") == ("decomposition", *BASELINES)
+    (pixels,) = data.test.batches(model)
+    own = data.test.labels["class"].tolist()
+    named = ((image[None], kind, ClassNames.of(1000).short(kind)) for image, kind in zip(pixels, own, strict=True))
+    maps = [heatmap.of_classes(model, image, [kind]).picked([name]) for image, kind, name in named]
+    expected = heatmap.segment(Heatmaps.cat(maps), data.test.masks(model)).numbers()
+    for measure, name in segmenting.MEASURES.items():
+        (record,) = numbers.where(method="decomposition", measure=measure, of=f"class, {PUBLISHED}").records
+        assert record.value == pytest.approx(expected[name], abs=1e-4)
+        assert record.interval[0] <= record.value <= record.interval[1]
 
 
 def photograph_folder(folder, count):
@@ -226,14 +277,49 @@ def test_kinds_are_classes_of_imagenet_by_their_names():
     assert coco.NAMES.index("person") not in coco.IMAGENET_KINDS
 
 
-@pytest.mark.skipif(not (WEIGHTS.is_file() and (FOLDER / "coco").is_dir()), reason=f"needs photographs in {FOLDER}")
-def test_a_photograph_with_its_outline_is_read():
-    import timm
-    from safetensors.torch import load_file
-
+def trained():
     original = timm.create_model(MODEL, pretrained=False)
     original.load_state_dict(load_file(WEIGHTS))
-    model = HookedViT(original.eval())
+    return HookedViT(original.eval().requires_grad_(False))
+
+
+needs_outlines = pytest.mark.skipif(
+    not (WEIGHTS.is_file() and (FOLDER / "coco").is_dir()), reason=f"needs photographs in {FOLDER}"
+)
+
+
+@needs_outlines
+def test_outlines_serve_as_masks_of_a_trained_classifier(tmp_path):
+    count = 0
+    for path in sorted((FOLDER / "coco" / "images").glob("*.jpg")):
+        labels = FOLDER / "coco" / "labels" / f"{path.stem}.txt"
+        photograph = open_upright(path)
+        drawn = coco.outlines(labels, photograph.size) if labels.is_file() else {}
+        known = {number: mask for number, mask in drawn.items() if number in coco.IMAGENET_KINDS}
+        if not known or count == 12:
+            continue
+        number = max(known, key=lambda one: int(known[one].sum()))
+        for kind, picture in (("images", photograph), ("masks", Image.fromarray(known[number].numpy()))):
+            own = tmp_path / kind / str(coco.IMAGENET_KINDS[number][0]) / f"{path.stem}.png"
+            own.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(own)
+        count += 1
+    model = trained()
+    found, asked = class_folder(tmp_path / "images", model, tmp_path / "masks")
+    found.check_masks()
+    data = Splits(*thirds(found))
+    quick = replace(QUICK, batch=4)
+    numbers = results(single(Subject("tiny", model, lambda texts: None), data, asked, seed=0, protocol=quick))
+    assert numbers.names("method") == ("decomposition", *BASELINES)
+    ours, constant = (
+        numbers.mean(method=method, measure="mIoU", of=f"class, {CHOSEN}") for method in ("decomposition", "constant")
+    )
+    assert ours > constant
+
+
+@needs_outlines
+def test_a_photograph_with_its_outline_is_read():
+    model = trained()
     images, labels = FOLDER / "coco" / "images", FOLDER / "coco" / "labels"
     read = (
         (path, segmenting._Shown.of(model, path, labels, coco.IMAGENET_KINDS, Protocol()))

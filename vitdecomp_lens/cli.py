@@ -1,7 +1,8 @@
 """The command line: the parser, and what becomes of errors. The commands are in ``vitdecomp_lens.commands``.
 
 Results go to standard output, progress and errors to standard error. The exit code is 0 if all is well, 1 if a model
-is not supported or a photograph could not be explained, 2 if the request cannot be carried out as it is.
+is not supported, a photograph could not be explained or a task of an evaluation failed, 2 if the request cannot be
+carried out as it is.
 """
 
 import argparse

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitdecomp_lens.applications import ablation
 from vitdecomp_lens.cumulative import can_be_ablated, direct_steps, total_steps
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.evaluation.intervals import of_means
 from vitdecomp_lens.evaluation.records import Record, Results
 from vitdecomp_lens.evaluation.subjects import Question, Samples, Splits, Subject, class_scores, contributions
 from vitdecomp_lens.interpret.features import score_features
@@ -31,7 +32,8 @@ ORDERS = ("last first", "first first", "by score", "random")
 EFFECTS = ("direct, mean", "total, mean", "total, position_mean")
 HOWS: tuple[Replacing, ...] = ("mean", "position_mean")
 Read = Callable[[Tensor], Tensor]
-Curve = Callable[[Sequence[str]], list[float]]  # of components in their order, the accuracy after each step
+# Of components in their order, whether each image is told right after each step.
+Curve = Callable[[Sequence[str]], Float[Tensor, "step image"]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def curves(
     Yields:
         ``accuracy`` by the number of components (`Record.step`), and ``area``, the mean height of the curve over that
         number, for each of `EFFECTS` and `ORDERS`: direct effects are of the sum, all statistics frozen, as in the
-        paper; total ones of the run.
+        paper; total ones of the run. Intervals are over test images.
     """
     training, labels = contributions(subject, data.training), data.test.labels[question.label]
     read = class_scores(subject, question, training, data.training.labels[question.label])
@@ -82,14 +84,13 @@ def curves(
         found[f"total, {how}"] = (of_runs, curve)
     for effect, (steps, curve) in found.items():
         for order, orderings in orders.items():
-            columns = zip(*(curve(components) for components in orderings), strict=True)
-            values = [fmean(column) for column in columns]
-            for measure, value, step in [
-                *(("accuracy", value, step) for step, value in zip(steps, values, strict=True)),
-                ("area", _area(steps, values), None),
-            ]:
-                method = f"{effect}, {order}"
-                yield Record(TASK, measure, subject.name, method, seed, value, of=question.label, step=step)
+            right = torch.stack([curve(components) for components in orderings]).mean(0)
+            numbers = torch.cat([right, _area(steps, right)[None]])
+            measured = zip(("accuracy",) * len(steps) + ("area",), [*steps, None], strict=True)
+            method = f"{effect}, {order}"
+            for (measure, step), row, ends in zip(measured, numbers, of_means(numbers), strict=True):
+                value = float(row.mean())
+                yield Record(TASK, measure, subject.name, method, seed, value, question.label, step, ends)
 
 
 def _orders(
@@ -106,11 +107,12 @@ def _orders(
 
 
 def _direct(test: Decomposition, read: Read, training: Decomposition, labels: Int[Tensor, "batch"]) -> Curve:
-    def curve(components: Sequence[str]) -> list[float]:
-        steps = direct_steps(test, components, classifier=read, reference=training)
-        return [ablation.accuracy(step, labels) for step in steps]
+    return lambda components: _right(direct_steps(test, components, classifier=read, reference=training), labels)
 
-    return curve
+
+def _right(scores: Float[Tensor, "step image class"], labels: Int[Tensor, "_"]) -> Float[Tensor, "step image"]:
+    """1 where the highest score is that of the label; labels may be of more images."""
+    return (scores.argmax(2).cpu() == labels[: scores.shape[1]].cpu()).double()
 
 
 def _total(
@@ -123,35 +125,33 @@ def _total(
     protocol: CurveProtocol,
 ) -> dict[Replacing, Curve]:
     model, size = subject.model, protocol.batch_size
-    reference = Reference.of(model, data.training.batches(model), batch_size=size)  # one pass for all curves
+    reference = Reference.of(model, subject.batches(data.training), batch_size=size)  # one pass for all curves
     batches = list(_first(data.test, subject, protocol.images))
 
     def of(how: Replacing) -> Curve:
-        def measured(components: Sequence[str], at: Sequence[int]) -> list[float]:
-            steps = total_steps(
-                model, batches, components, classifier=read, how=how, reference=reference, batch_size=size, at=at
-            )
-            return [ablation.accuracy(step, labels[: steps.shape[1]]) for step in steps]
+        def measured(components: Sequence[str], at: Sequence[int]) -> Float[Tensor, "step image"]:
+            options: dict[str, Any] = {"classifier": read, "how": how, "reference": reference, "batch_size": size}
+            return _right(total_steps(model, batches, components, at=at, **options), labels)
 
-        before, after = measured(components, (0, len(components)))  # the same in any order
-        return lambda components: [before, *measured(components, at[1:-1]), after]
+        ends = measured(components, (0, len(components)))  # the same in any order
+        return lambda components: torch.cat([ends[:1], measured(components, at[1:-1]), ends[1:]])
 
     return {how: of(how) for how in HOWS}
 
 
 def _first(samples: Samples, subject: Subject, count: int) -> Iterator[Tensor]:
     """The first images, in batches."""
-    for batch in samples.batches(subject.model):
+    for batch in subject.batches(samples):
         if count <= 0:
             return
         yield batch[:count]
         count -= len(batch)
 
 
-def _area(steps: Sequence[int], values: Sequence[float]) -> float:
+def _area(steps: Sequence[int], values: Float[Tensor, "step image"]) -> Float[Tensor, "image"]:
     """The mean height, joined by straight lines."""
-    pieces = zip(pairwise(steps), pairwise(values), strict=True)
-    return sum((b - a) * (one + other) / 2 for (a, b), (one, other) in pieces) / (steps[-1] - steps[0])
+    widths = torch.tensor(steps, dtype=values.dtype).diff()
+    return widths @ (values[1:] + values[:-1]) / 2 / widths.sum()
 
 
 def plot(results: Results, *, of: str | None = None) -> "Figure":

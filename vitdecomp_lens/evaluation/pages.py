@@ -1,10 +1,11 @@
 """Results as a page: tables in Markdown, every number in JSON, and pictures."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitdecomp_lens.evaluation import ablating
+from vitdecomp_lens.evaluation import ablating, carrying
 from vitdecomp_lens.evaluation.published import published
 from vitdecomp_lens.evaluation.records import Record, Results
 from vitdecomp_lens.pictures import can_draw
@@ -72,12 +73,19 @@ SECTIONS: Mapping[str, Section] = {
     ),
 }
 PROTOCOL = "How each was made, and what was fixed before, stands in [how the tables are made](evaluation.md)."
-PICTURE = "pictures/results_ablation.png"
+PICTURE = "pictures/results_ablation"
 
 
-def page(results: Results) -> str:
-    """Everything that was measured, as Markdown."""
+def page(results: Results, failed: Mapping[str, str] | None = None) -> str:
+    """Everything that was measured, as Markdown.
+
+    Args:
+        results: All numbers.
+        failed: By task, why there are none.
+    """
     lines = ["# Results", "", _made(results), PROTOCOL, ""]
+    for task, why in (failed or {}).items():
+        lines += [f"**Failed: {task}.** {why}", ""]
     known = published()
     for task, section in SECTIONS.items():
         found = results.where(task=task)
@@ -85,25 +93,39 @@ def page(results: Results) -> str:
             continue
         lines += [f"## {section.title}", "", section.text, ""]
         if task == ablating.TASK and can_draw():
-            lines += [f"![Accuracy while components are ablated]({PICTURE})", ""]
+            names = _pictures(found)
+            lines += [
+                line for name in names.values() for line in (f"![Accuracy while components are ablated]({name})", "")
+            ]
         for measure in section.measures:
             lines += _table(found.where(measure=measure), measure, section)
         folded = [line for measure in section.more for line in _table(found.where(measure=measure), measure, section)]
         lines += _folded("more measures", folded)
         lines += _published(known.where(task=task))
+    if said := list(carrying.lacking(results)):
+        lines += ["## Texts that no component carries", "", *(line for one in said for line in (one, ""))]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(results: Results, folder: Path) -> Path:
+def write(results: Results, folder: Path, failed: Mapping[str, str] | None = None) -> Path:
     """Write ``results.md``, ``results.json`` and pictures into a folder; the page's path is returned."""
     folder.mkdir(parents=True, exist_ok=True)
     results.save(folder / "results.json")
-    if results.where(task=ablating.TASK).records and can_draw():
-        (folder / PICTURE).parent.mkdir(exist_ok=True)
-        ablating.plot(results).savefig(folder / PICTURE, dpi=80)
+    curves = results.where(task=ablating.TASK)
+    for question, name in _pictures(curves).items() if can_draw() else ():
+        (folder / name).parent.mkdir(exist_ok=True)
+        ablating.plot(curves, of=question).savefig(folder / name, dpi=80)
     path = folder / "results.md"
-    path.write_text(page(results), encoding="utf-8")
+    path.write_text(page(results, failed), encoding="utf-8")
     return path
+
+
+def _pictures(curves: Results) -> dict[str, str]:
+    """For each question of ablation curves, the name of its picture; numbered too, since letters may be left out."""
+    questions = curves.names("of")
+    if len(questions) == 1:
+        return {questions[0]: f"{PICTURE}.png"}
+    return {one: f"{PICTURE}_{n}_{re.sub(r'[^A-Za-z0-9]+', '_', one)}.png" for n, one in enumerate(questions, 1)}
 
 
 def _table(found: Results, measure: str, section: Section) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,9 +136,11 @@ class Results:
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
-        """Write JSON."""
+        """Write JSON, whole or not at all."""
         records = ",\n".join(json.dumps(_packed(record), allow_nan=False) for record in self.records)
-        path.write_text(f'{{"made": {json.dumps(dict(self.made))}, "records": [\n{records}\n]}}\n', encoding="utf-8")
+        part = path.with_suffix(".part")
+        part.write_text(f'{{"made": {json.dumps(dict(self.made))}, "records": [\n{records}\n]}}\n', encoding="utf-8")
+        part.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Results":
@@ -175,11 +177,6 @@ def short(number: float) -> str:
     return said.replace("0.", ".", 1) if abs(number) < 1 and not said.lstrip("-").startswith("1") else said
 
 
-def gathered(several: Iterable[Iterator[Record]], made: Mapping[str, Any]) -> Results:
-    """What several tasks measured."""
-    return Results(tuple(record for records in several for record in records), made)
-
-
 def _named(record: Record) -> tuple[Any, ...]:
     """What a number is of."""
     return record.task, record.measure, record.model, record.method, record.of, record.seed, record.step
@@ -188,7 +185,12 @@ def _named(record: Record) -> tuple[Any, ...]:
 def _packed(record: Record) -> dict[str, Any]:
     """Without what says nothing; seven digits are more than any of it means."""
     known = {name: value for name, value in asdict(record).items() if value not in ("", None)}
-    return {**known, "value": float(f"{record.value:.7g}")}
+    known["value"] = _rounded(record.value)
+    return known if record.interval is None else {**known, "interval": list(map(_rounded, record.interval))}
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.7g}")
 
 
 def _unpacked(content: Mapping[str, Any]) -> Record:

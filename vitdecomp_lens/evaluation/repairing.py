@@ -20,6 +20,7 @@ from vitdecomp_lens.applications.repair import Choice, GroupAccuracy, Groups, Ra
 from vitdecomp_lens.cumulative import direct_steps, total_steps
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import GapError, UnsupportedModelError, VitDecompWarning
+from vitdecomp_lens.evaluation.intervals import of_groups
 from vitdecomp_lens.evaluation.records import Record
 from vitdecomp_lens.evaluation.subjects import Question, Samples, Splits, Subject, class_scores, contributions
 from vitdecomp_lens.hooked import HookedViT
@@ -28,7 +29,7 @@ from vitdecomp_lens.intervene import Reference
 from vitdecomp_lens.intervening.reference import Replacing
 from vitdecomp_lens.linear_classifier import LinearClassifier
 
-__all__ = ["RepairProtocol", "spurious", "typographic"]
+__all__ = ["RepairProtocol", "four_groups", "spurious", "typographic"]
 
 SPURIOUS, TYPOGRAPHIC = "spurious correlation", "typographic attack"
 HOWS: tuple[Replacing, ...] = ("mean", "position_mean")
@@ -95,24 +96,33 @@ def spurious(
     Yields:
         ``worst group``, ``average of groups`` and, where components are ablated, ``count``, for each method: see
         `_Repair.methods`, and two that ablate nothing: ``balanced probe``, fitted again on as many training images of
-        each group, and ``subspace projection``.
+        each group, and ``subspace projection``. Intervals are over the test images of each group, where it is not
+        several orders that are averaged.
     """
     training = contributions(subject, data.training)
     assert training.total is not None
     classifier = LinearClassifier.fit(training.total, data.training.labels[label], decay=protocol.decay)
-
-    def groups(samples: Samples) -> Groups:
-        classes, grounds = (samples.labels[name] for name in (label, attribute))
-        return Groups(2 * classes + grounds, BOTH)  # all four, whether there are images of each or not
-
-    bench = _Repair(subject, data, protocol, training, classifier, label, groups, {"average": protocol.average}, seed)
+    groups, sparing = partial(four_groups, label=label, attribute=attribute), {"average": protocol.average}
+    read: Callable[[Tensor], Tensor] = lambda z: classifier(z.cpu())  # noqa: E731
+    bench = _Repair(subject, data, protocol, training, read, label, groups, sparing, seed)
     for method, found, count in (*bench.methods(background, core, read=True), *bench.comparisons(background)):
         numbers: dict[str, float] = {
             "worst group": fmean(one.worst for one in found),
             "average of groups": fmean(one.average for one in found),
         }
+        ends = _ends(found)
         for measure, value in {**numbers, **({} if count is None else {"count": count})}.items():
-            yield Record(SPURIOUS, measure, subject.name, method, seed, float(value))
+            yield Record(SPURIOUS, measure, subject.name, method, seed, float(value), interval=ends.get(measure))
+
+
+def four_groups(samples: Samples, *, label: str = "group", attribute: str = "water") -> Groups:
+    """Class by background, all four, whether there are images of each or not."""
+    return Groups(2 * samples.labels[label] + samples.labels[attribute], BOTH)
+
+
+def _ends(found: Sequence[GroupAccuracy]) -> dict[str, tuple[float, float]]:
+    """Intervals, of one accuracy by groups; there are none of the mean of several."""
+    return of_groups(found[0]) if len(found) == 1 else {}
 
 
 def typographic(
@@ -121,6 +131,7 @@ def typographic(
     question: Question,
     *,
     words: Sequence[str],
+    core: Sequence[str] | None = None,
     label: str = "written",
     seed: int,
     protocol: RepairProtocol = RepairProtocol(),
@@ -130,15 +141,17 @@ def typographic(
     Args:
         subject: The model.
         data: Validation and test images without and with a wrong word.
-        question: Which classes it is to tell apart; its texts are what it should go by.
-        words: Texts of what it should not.
+        question: Which classes it is to tell apart.
+        words: Texts of what it should not go by.
+        core: Texts of what it should; None for those of all classes. Of more classes than a CLIP's space has
+            dimensions, these would span all of it.
         label: The name, among the labels of samples, of whether there is a wrong word: 0 or 1.
         seed: Of orders by chance.
         protocol: What is fixed.
 
     Yields:
         Accuracy ``clean`` and ``written``, ``count``, and ``regained``: of what a model loses by a wrong word, the
-        share that comes back; that only where it loses a fiftieth or more.
+        share that comes back; that only where it loses a fiftieth or more. Intervals are those of `spurious`.
     """
     training = contributions(subject, data.training)
     read = class_scores(subject, question, training, data.training.labels[question.label])
@@ -149,15 +162,16 @@ def typographic(
     sparing = {"clean": protocol.clean}
     bench = _Repair(subject, data, protocol, training, read, question.label, groups, sparing, seed)
     lost, before = 0.0, 0.0
-    for method, found, count in bench.methods(words, question.texts):
+    for method, found, count in bench.methods(words, question.texts if core is None else core):
         clean, written = (fmean(one[name] for one in found) for name in ("clean", "written"))
         numbers = {"clean": clean, "written": written, "count": count or 0}
         if method == "before":
             lost, before = clean - written, written
         elif lost >= LOST:
             numbers["regained"] = (written - before) / lost
+        ends = _ends(found)
         for measure, value in numbers.items():
-            yield Record(TYPOGRAPHIC, measure, subject.name, method, seed, float(value))
+            yield Record(TYPOGRAPHIC, measure, subject.name, method, seed, float(value), interval=ends.get(measure))
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------
@@ -309,9 +323,9 @@ class _Repair:
         count = len(self.data.validation)
         which = torch.linspace(0, count - 1, min(count, self.protocol.images)).round().long()
         kept, first = [], 0
-        for batch in self.data.validation.batches(self.subject.model):
+        for batch in self.subject.batches(self.data.validation):
             here = which[(which >= first) & (which < first + len(batch))] - first
-            kept += [batch[here]] if len(here) else []
+            kept += [batch[here.to(batch.device)]] if len(here) else []
             first += len(batch)
         return which, kept
 
@@ -325,7 +339,7 @@ class _Repair:
     def total(self, components: Sequence[str], how: Replacing, model: HookedViT | None = None) -> GroupAccuracy:
         """With components ablated in the run."""
         model, at = self.subject.model if model is None else model, [len(components)]
-        images = self.data.test.batches(model)
+        images = self.subject.batches(self.data.test)
         return self._judged(total_steps(model, images, components, at=at, **self._running(how))[0])
 
     def _judged(self, scores: Tensor) -> GroupAccuracy:
@@ -351,5 +365,5 @@ class _Repair:
         """Means of training images."""
         model = self.subject.model
         able = [c.label for c in self.training.components if c.kind in self.protocol.kinds]
-        images = self.data.training.batches(model)
+        images = self.subject.batches(self.data.training)
         return Reference.of(model, images, components=able, batch_size=self.protocol.batch_size)

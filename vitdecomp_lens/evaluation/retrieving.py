@@ -231,4 +231,4 @@ def _whole(parts: Decomposition) -> Float[Tensor, "batch d_rep"]:
 def _embeddings(clip: Subject, data: Splits) -> Float[Tensor, "batch d_clip"]:
     """What the CLIP itself makes of test images."""
     with torch.no_grad():
-        return torch.cat([clip.model(batch) for batch in data.test.batches(clip.model)])
+        return torch.cat([clip.model(images).cpu() for images in clip.batches(data.test)])

@@ -18,19 +18,16 @@ from torch import Tensor
 
 from vitdecomp_lens.applications import heatmap
 from vitdecomp_lens.applications.heatmap import Heatmaps, Segmentation
-from vitdecomp_lens.applications.heatmap.gradients import Of
 from vitdecomp_lens.applications.heatmap.segmenting import Threshold
-from vitdecomp_lens.decompose import attribute_tokens
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.evaluation.coco import IMAGENET_KINDS, outlines
+from vitdecomp_lens.evaluation.reading import Read, Reading, reading
 from vitdecomp_lens.evaluation.records import Record
-from vitdecomp_lens.evaluation.subjects import Question, Samples, Splits, Subject, contributions
+from vitdecomp_lens.evaluation.subjects import Question, Samples, Splits, Subject
 from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.hooked.preprocess import open_upright
-from vitdecomp_lens.linear_classifier import LinearClassifier
-from vitdecomp_lens.tokens import TokenAttribution
 
-__all__ = ["CHOSEN", "MEASURES", "PUBLISHED", "Protocol", "pairs", "photographs", "single"]
+__all__ = ["CHOSEN", "MEASURES", "PUBLISHED", "Protocol", "check_outlines", "pairs", "photographs", "single"]
 
 PUBLISHED, CHOSEN = "published protocol", "chosen protocol"
 IMAGENET = 1000  # classes
@@ -60,6 +57,8 @@ class Protocol:
         layers: Layers of raw attention; the first is the published one.
         least: Objects in photographs that cover a smaller share of the image are left out.
         batch: How many images at a time.
+        together: Of at most so many classes all maps are made at once. Of more, as of ImageNet's, only those of a
+            batch's own classes, and none of the whole question.
     """
 
     published: Threshold = 1.0
@@ -69,6 +68,7 @@ class Protocol:
     layers: tuple[int, ...] = (-1, -2)
     least: float = 0.01
     batch: int = 32
+    together: int = 50
 
 
 PROTOCOL = Protocol()
@@ -77,7 +77,7 @@ PROTOCOL = Protocol()
 def single(
     subject: Subject, data: Splits, question: Question, *, seed: int, protocol: Protocol = PROTOCOL
 ) -> Iterator[Record]:
-    """Zero-shot segmentation of the object that an image shows, by the class that it is of.
+    """Zero-shot segmentation of the object that an image shows, by the class that it is of; intervals are over images.
 
     Args:
         subject: The model.
@@ -86,11 +86,11 @@ def single(
         seed: Of what was drawn.
         protocol: What is fixed in advance.
     """
-    reading = _Reading.of(subject, question, data.training)
-    validation, test = (_Held.of(reading, samples, question, protocol) for samples in (data.validation, data.test))
+    read = reading(subject, question, data.training, together=protocol.together)
+    options: tuple[Any, ...] = (question, protocol)
+    validation, test = (_Held.of(subject, read, samples, *options) for samples in (data.validation, data.test))
     for by, method, found in _segmented(validation, test, protocol):
-        for measure, value in _numbers(found):
-            yield Record("segmentation", measure, subject.name, method, seed, value, f"{question.label}, {by}")
+        yield from _records("segmentation", subject, method, seed, found, f"{question.label}, {by}")
 
 
 def pairs(
@@ -109,13 +109,11 @@ def pairs(
         seed: Of what was drawn.
         protocol: What is fixed in advance.
     """
-    reading = _Reading.of(subject, question, data.training)
-    validation, test = (
-        _Held.of(reading, samples, question, protocol, "second") for samples in (data.validation, data.test)
-    )
+    read = reading(subject, question, data.training, together=protocol.together)
+    options: tuple[Any, ...] = (question, protocol, "second")
+    validation, test = (_Held.of(subject, read, samples, *options) for samples in (data.validation, data.test))
     for by, method, found in _segmented(validation, test, protocol):
-        for measure, value in _numbers(found):
-            yield Record("pairs", measure, subject.name, method, seed, value, f"{question.label}, {by}")
+        yield from _records("pairs", subject, method, seed, found, f"{question.label}, {by}")
     for by, method, measure, value in _pointed(validation, test):
         yield Record("pairs", measure, subject.name, method, seed, value, f"{question.label}, {by}")
 
@@ -145,127 +143,85 @@ def photographs(
     Raises:
         InputError: Where fewer than two photographs are left, or an outline is none.
     """
-    read = (_Shown.of(subject.model, path, labels, kinds, protocol) for path in sorted(images.glob("*.jpg")))
+    check_outlines(subject.model, images, labels, kinds=kinds)
+    read = (_Shown.of(subject.model, path, labels, kinds, protocol) for path in _outlined(images, labels))
     shown = [one for one in read if one is not None]
     if len(shown) < 2:
-        raise InputError(f"Expected at least two photographs in {str(images)!r} with outlines of known classes.")
+        raise InputError(f"Expected at least two photographs in {str(images)!r} that show enough of a known class.")
     halves = [_Held.of_photographs(subject.model, shown[first::2], protocol) for first in (0, 1)]
     found: dict[tuple[str, str], list[Segmentation]] = {}
     for validation, test in (halves, halves[::-1]):
         for by, method, segmentation in _segmented(validation, test, protocol):
             found.setdefault((by, method), []).append(segmentation)
     for (by, method), several in found.items():
-        both = Segmentation.cat(several)
-        for measure, name in MEASURES.items():
-            value, interval = float(getattr(both, name)), both.interval(name)
-            yield Record("photographs", measure, subject.name, method, 0, value, by, interval=interval)
+        yield from _records("photographs", subject, method, 0, Segmentation.cat(several), by)
 
 
-# --- along what -------------------------------------------------------------------------------------------------------
+def check_outlines(
+    model: HookedViT, images: Path, labels: Path, *, kinds: Mapping[int, Sequence[int]] = IMAGENET_KINDS
+) -> None:
+    """Look at all outlines, and whether the model can tell their classes.
 
+    Args:
+        model: With a classifier.
+        images: As for `photographs`, like the other two.
+        labels: The outlines.
+        kinds: Which of the model's classes they are.
 
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """Along which directions a model is read.
-
-    Attributes:
-        model: The model.
-        tokens: Of a batch: scores by token along each direction; and along each direction less the mean of all others.
-        rows: The directions, for gradients.
-        against: The same, less their mean.
-        scores_of: What is read along them.
-        whole: Whether the directions are all answers to one question.
+    Raises:
+        InputError: Where fewer than two photographs have outlines of known classes, an outline is none, or the model
+            has not those classes.
     """
-
-    model: HookedViT
-    tokens: Callable[[Tensor], tuple[TokenAttribution, TokenAttribution]]
-    rows: Float[Tensor, "direction d_out"]
-    against: Float[Tensor, "direction d_out"]
-    scores_of: Of
-    whole: bool = True
-
-    @classmethod
-    def of(cls, subject: Subject, question: Question, training: Samples) -> "_Reading":
-        """A classifier is read along its logits, a CLIP along texts, any other model along texts by its aligner.
-
-        Through an aligner a score is no function of the representation, so that there are no gradients of it. These
-        are taken of a linear probe of the same classes, fitted on training images.
-        """
-        model, through = subject.model, subject.aligner
-        if subject.classifier:
-            return cls.of_classes(model, question.columns)
-        directions = subject.texts(question.texts).directions
-        if through is None:
-            rows = directions
-        else:
-            total = contributions(subject, training).total
-            assert total is not None
-            rows = LinearClassifier.fit(total, training.labels[question.label]).weight
-
-        def tokens(images: Tensor) -> tuple[TokenAttribution, TokenAttribution]:
-            found = attribute_tokens(model, images, directions, through=through)
-            return found, _against_others(found)
-
-        return cls(model, tokens, rows, rows - rows.mean(0), "representation")
-
-    @classmethod
-    def of_classes(cls, model: HookedViT, columns: Sequence[int], *, whole: bool = True) -> "_Reading":
-        """Logits; against the others of these or, where they are not all answers, of all that answer the question."""
-
-        def tokens(images: Tensor) -> tuple[TokenAttribution, TokenAttribution]:
-            classes = list(columns)
-            plain = TokenAttribution.cat(list(heatmap.tokens_of_classes(model, images, classes)))
-            if whole:
-                return plain, _against_others(plain)
-            return plain, TokenAttribution.cat(list(heatmap.tokens_of_classes(model, images, classes, relative=True)))
-
-        every = torch.eye(model.W_U.shape[1])
-        rows = every[list(columns)]
-        return cls(model, tokens, rows, rows - (rows if whole else every).mean(0), "logits", whole)
+    known = [path for path in _outlined(images, labels) if outlines(labels / f"{path.stem}.txt", (1, 1)).keys() & kinds]
+    if len(known) < 2:
+        raise InputError(f"Expected at least two photographs in {str(images)!r} with outlines of known classes.")
+    if getattr(model.original, "num_classes", 0) != IMAGENET and kinds is IMAGENET_KINDS:
+        raise InputError(f"Expected a classifier of ImageNet's {IMAGENET} classes, or kinds= of one's own.")
 
 
-def _against_others(tokens: TokenAttribution) -> TokenAttribution:
-    """Scores less the mean over all directions: up to a factor, that of all others."""
-    blocks = tuple(block.with_values(block.values - block.values.mean(3, keepdim=True)) for block in tokens.blocks)
-    values = tokens.untokened.values
-    untokened = replace(tokens.untokened, values=values - values.mean(2, keepdim=True))
-    return replace(tokens, blocks=blocks, untokened=untokened, total=None)
+def _outlined(images: Path, labels: Path) -> list[Path]:
+    """The photographs that have a file of outlines."""
+    return [path for path in sorted(images.glob("*.jpg")) if (labels / f"{path.stem}.txt").is_file()]
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------
 
 
-def _made(reading: _Reading, images: Tensor, own: Sequence[int], protocol: Protocol) -> Made:
+def _made(along: Reading, images: Tensor, own: Sequence[int], protocol: Protocol) -> Made:
     """All methods' maps of a batch, of each image's own direction."""
     with torch.no_grad():
-        plain, against = reading.tokens(images)
+        plain, against = along.tokens(images)
     first = heatmap.from_tokens(plain, components=protocol.components[0])
     made: dict[str, dict[str, Heatmaps]] = {DECOMPOSITION: {f"{protocol.components[0]}, as it is": first}}
     for components in protocol.components:
         for how in ("signed", "positive"):
             maps = heatmap.from_tokens(against, components=components, how=how)
             made[DECOMPOSITION][f"{components}, {how}, against others"] = maps
-        if reading.whole:
+        if along.whole:
             maps = heatmap.from_tokens(against, components=components, how="strength")
             made.setdefault(ANY_ANSWER, {})[components] = maps
-    for method, variant, make in _baselines(reading, images, own, protocol):
+    for method, variant, make in _baselines(along, images, own, protocol):
         try:
             made.setdefault(method, {})[variant] = make()
         except UnsupportedModelError:
             continue  # there is no such method for this model
     wanted = [first.texts[row] for row in own]
     return {
-        method: {name: maps.picked(wanted) for name, maps in variants.items()}
+        method: {name: _on_cpu(maps.picked(wanted)) for name, maps in variants.items()}
         for method, variants in made.items()
         if variants
     }
 
 
+def _on_cpu(maps: Heatmaps) -> Heatmaps:
+    return replace(maps, values=maps.values.cpu())
+
+
 def _baselines(
-    reading: _Reading, images: Tensor, own: Sequence[int], protocol: Protocol
+    along: Reading, images: Tensor, own: Sequence[int], protocol: Protocol
 ) -> Iterator[tuple[str, str, Callable[[], Heatmaps]]]:
     """What is compared with: method, variant, and what makes the maps."""
-    model = reading.model
+    model = along.model
     for layer in protocol.layers:
         yield "raw attention", f"layer {layer}", partial(heatmap.raw_attention, model, images, layer=layer)
     for residual in protocol.residuals:
@@ -275,8 +231,8 @@ def _baselines(
     norm = f"{last}.ln1.hook_normalized"
     if len(model.stages) == 1 and norm in model.hook_dict:
         places["its norm"] = norm
-    for name, rows in {"": reading.rows, ", against others": reading.against}.items():
-        options: dict[str, Any] = {"of": reading.scores_of, "own": own}
+    for name, rows in {"": along.rows, ", against others": along.against}.items():
+        options: dict[str, Any] = {"of": along.scores_of, "own": own}
         yield "Chefer", f"relevance{name}", partial(heatmap.chefer, model, images, rows, **options)
         yield "GradCAM", f"attention{name}", partial(heatmap.attention_cam, model, images, rows, **options)
         for place, at in places.items():
@@ -300,17 +256,24 @@ class _Held:
 
     @classmethod
     def of(
-        cls, reading: _Reading, samples: Samples, question: Question, protocol: Protocol, other: str | None = None
+        cls,
+        subject: Subject,
+        read: Read,
+        samples: Samples,
+        question: Question,
+        protocol: Protocol,
+        other: str | None = None,
     ) -> "_Held":
         """Maps of samples. Those of whose object (or other object) nothing is to be seen are left out."""
-        masks = samples.masks(reading.model)
-        others = samples.masks(reading.model, other) if other else None
+        masks = samples.masks(subject.model)
+        others = samples.masks(subject.model, other) if other else None
         seen = masks.flatten(1).any(1) & (True if others is None else others.flatten(1).any(1))
         answers, made, first = samples.labels[question.label], [], 0
-        for images in samples.batches(reading.model):
+        for images in subject.batches(samples):
             chosen = seen[first : first + len(images)].nonzero()[:, 0]
             for part in chosen.split(protocol.batch) if len(chosen) else ():
-                made.append(_made(reading, images[part], answers[first + part].tolist(), protocol))
+                along, own = read(answers[first + part].tolist())
+                made.append(_made(along, images[part.to(images.device)], own, protocol))
             first += len(images)
         if not made:
             raise InputError(f"Expected masks of what is to be seen; in all of the {len(samples)} they are empty.")
@@ -323,9 +286,9 @@ class _Held:
         for first in range(0, len(shown), protocol.batch):
             part = shown[first : first + protocol.batch]
             classes = sorted({one.kind for one in part})
-            reading = _Reading.of_classes(model, classes, whole=False)
+            along = Reading.of_classes(model, classes, whole=False)
             images = torch.cat([one.image for one in part])
-            made.append(_made(reading, images, [classes.index(one.kind) for one in part], protocol))
+            made.append(_made(along, images, [classes.index(one.kind) for one in part], protocol))
         return cls(_joined(made), torch.stack([one.mask for one in shown]))
 
     def shares(self, method: str, measure: str) -> dict[str, float]:
@@ -366,15 +329,12 @@ class _Shown:
         cls, model: HookedViT, path: Path, labels: Path, kinds: Mapping[int, Sequence[int]], protocol: Protocol
     ) -> "_Shown | None":
         """A photograph, if it shows enough of a known class."""
-        file = labels / f"{path.stem}.txt"
-        if not file.is_file():
-            return None
         photograph = open_upright(path)
         seen, image = model.preprocess_geometry(photograph), model.preprocess([photograph])
         size = (image.shape[2], image.shape[3])
         masks = {
             number: heatmap.as_seen(mask, seen, size)
-            for number, mask in outlines(file, photograph.size).items()
+            for number, mask in outlines(labels / f"{path.stem}.txt", photograph.size).items()
             if number in kinds
         }
         if not masks:
@@ -382,8 +342,6 @@ class _Shown:
         number = max(masks, key=lambda one: int(masks[one].sum()))
         if float(masks[number].double().mean()) < protocol.least:
             return None
-        if getattr(model.original, "num_classes", 0) != IMAGENET and kinds is IMAGENET_KINDS:
-            raise InputError(f"Expected a classifier of ImageNet's {IMAGENET} classes, or kinds= of one's own.")
         with torch.no_grad():
             logits = model(image)[0, list(kinds[number])]
         return cls(image, masks[number], kinds[number][int(logits.argmax())])
@@ -431,5 +389,7 @@ def _miou(found: Bool[Tensor, "batch height width"], masks: Bool[Tensor, "batch 
     return float(sum(ious)) / 2
 
 
-def _numbers(found: Segmentation) -> Iterator[tuple[str, float]]:
-    return ((measure, float(getattr(found, name))) for measure, name in MEASURES.items())
+def _records(task: str, subject: Subject, method: str, seed: int, found: Segmentation, of: str) -> Iterator[Record]:
+    for measure, name in MEASURES.items():
+        value = float(getattr(found, name))
+        yield Record(task, measure, subject.name, method, seed, value, of, interval=found.interval(name))

@@ -1,8 +1,7 @@
 """Who is evaluated, and on what: models with the words to read them in, images with what is known of them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -71,6 +70,9 @@ class Subject:
         texts: Embeds texts as directions of the CLIP's space, a mean over templates each.
         aligner: Takes contributions, by head, to that space; None for the CLIP itself, whose contributions are there.
         classifier: Whether its logits are of classes.
+        random: Texts that mostly mean nothing for the images: beside them it is told whether any component carries
+            the texts that are asked for. Without them it is not told.
+        kept: Contributions to the last `KEPT` samples.
     """
 
     name: str
@@ -78,6 +80,18 @@ class Subject:
     texts: Callable[[Sequence[str]], TextBank]
     aligner: Aligner | None = None
     classifier: bool = True
+    random: Sequence[str] = field(default=(), repr=False)
+    kept: dict[Samples, Decomposition] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where its images go. What it makes of them comes back to the CPU."""
+        return next(self.model.parameters()).device
+
+    def batches(self, samples: Samples) -> Iterator[Float[Tensor, "batch channel height width"]]:
+        """All images, where the model is."""
+        for images in samples.batches(self.model):
+            yield images.to(self.device)
 
     def in_words(self, parts: Decomposition) -> Decomposition:
         """Contributions in the space of texts."""
@@ -99,11 +113,17 @@ class Question:
     columns: tuple[int, ...]
 
 
-@lru_cache(maxsize=KEPT)
 def contributions(subject: Subject, samples: Samples) -> Decomposition:
     """What the model's components write, by head, in its own space, of all samples; kept for the next task."""
+    kept = subject.kept
+    if samples in kept:
+        kept[samples] = kept.pop(samples)  # the last one asked for is the last one to go
+        return kept[samples]
+    while len(kept) >= KEPT:
+        del kept[next(iter(kept))]
     with torch.no_grad():
-        return Decomposition.cat([decompose(subject.model, b, by="head") for b in samples.batches(subject.model)])
+        several = [decompose(subject.model, images, by="head").cpu() for images in subject.batches(samples)]
+    return kept.setdefault(samples, Decomposition.cat(several))
 
 
 def class_scores(
@@ -124,7 +144,8 @@ def class_scores(
         return lambda z: z @ directions.to(z).T
     if not subject.classifier:
         assert training.total is not None
-        return LinearClassifier.fit(training.total, labels)
+        probe = LinearClassifier.fit(training.total, labels)
+        return lambda z: probe(z.cpu())
     columns = list(question.columns)
     return lambda z: logits_of(subject.model, z)[:, columns]
 
@@ -133,5 +154,5 @@ def logits_of(model: HookedViT, z: Float[Tensor, "batch d_rep"]) -> Float[Tensor
     """The logits of representations, through an activation function before the classifier where there is one."""
     if not model.has_activation_before_classifier:
         return z @ model.W_U.to(z) + model.b_U.to(z)
-    weights = (model.unembedding_at(one) for one in z)
-    return torch.stack([one @ w + b for one, (w, b) in zip(z, weights, strict=True)])
+    weights = (model.unembedding_at(one.to(model.W_U.device)) for one in z)
+    return torch.stack([one @ w.to(z) + b.to(z) for one, (w, b) in zip(z, weights, strict=True)])
