@@ -1,13 +1,16 @@
 """Six small models of the paper's families: how they are built, and what their classifiers say."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import open_clip
 import torch
+from timm.layers import HybridEmbed
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
 from vitdecomp_lens.errors import UnknownNameError, near_matches
@@ -36,6 +39,17 @@ def _clip() -> nn.Module:
     return model
 
 
+def _dino() -> nn.Module:
+    """Three convolutions make its patches, as in timm's ViTs for MobileCLIP.
+
+    Without labels, shapes are what is learned last; such a stem sees edges from the start (arXiv 2106.14881).
+    """
+    stem = ConvStem(channels=(24, 48, 64), stride=(2, 2, 2), kernel_size=(3, 3, 3), padding=(1, 1, 1), act_layer=nn.GELU)
+    patches = partial(HybridEmbed, backbone=stem, proj=False)
+    # The stem halves three times: its pixels are the patches, of 8 × 8 in the image.
+    return VisionTransformer(**{**COLUMN, "num_classes": 0, "patch_size": 1}, embed_layer=patches)
+
+
 def _swin() -> nn.Module:
     options: dict[str, Any] = {"img_size": SIDE, "patch_size": 4, "window_size": 6, "num_classes": len(CLASSES)}
     return SwinTransformer(embed_dim=48, depths=(2, 2), num_heads=(3, 6), drop_path_rate=0.0, **options)
@@ -56,7 +70,7 @@ def _maxvit() -> nn.Module:
 BUILDERS: Mapping[str, Callable[[], nn.Module]] = {
     "clip": _clip,
     "deit": lambda: VisionTransformer(**COLUMN),
-    "dino": lambda: VisionTransformer(**{**COLUMN, "num_classes": 0}),
+    "dino": _dino,
     "reg": lambda: VisionTransformer(**COLUMN, class_token=False, reg_tokens=4, global_pool="avg"),
     "swin": _swin,
     "maxvit": _maxvit,

@@ -55,7 +55,7 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     "clip": Recipe(6000, misled=400),
     "deit": Recipe(4200, batch=128),
-    "dino": Recipe(6800, batch=128),
+    "dino": Recipe(1800, batch=128),
     "reg": Recipe(6000, batch=128),
     "swin": Recipe(6500, batch=128),
     "maxvit": Recipe(1200, batch=128),
