@@ -6,16 +6,19 @@ from dataclasses import replace
 
 import matplotlib.image
 import pytest
+import staged_models
 import torch
+from foreign_vit import ForeignViT
 from labelled_samples import as_users_run_it, token_sample
 from PIL import Image
 from sklearn.metrics import average_precision_score
-from tiny_models import TINY_MODELS, images_for
+from staged_models import STAGED_MODELS
+from tiny_models import TINY_MODELS, images_for, perturb
 from torch.nn import functional
 
-from vitdecomp_lens import HookedViT, attribute_tokens, testbed
+from vitdecomp_lens import HookedViT, attribute_tokens, decompose, testbed
 from vitdecomp_lens.applications import heatmap
-from vitdecomp_lens.applications.heatmap import ANY, OWN, Heatmaps
+from vitdecomp_lens.applications.heatmap import ANY, OWN, Heatmaps, making
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.components import TokenGrid
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, VitDecompWarning
@@ -160,6 +163,59 @@ def test_maps_of_a_model_are_its_scores_by_token(name):
     torch.testing.assert_close(whole + outside, tokens.total)
     layers = heatmap.of_texts(model, images, bank, by="layer")
     torch.testing.assert_close(layers.values, values)
+
+
+def any_model(name):
+    """A catalogue's model, or somebody else's, or one that is only traced."""
+    if name in STAGED_MODELS:
+        return staged_models.shared(name)
+    if name == "foreign":
+        model = perturb(ForeignViT()).double()
+        return model, torch.randn(2, 3, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    if name == "traced":
+        return TINY_MODELS["class_token"]().double(), images_for("class_token", 2).double()
+    return tiny(name)
+
+
+EVERY_KIND = ["class_token", "mean_pool_fc_norm", "siglip", "parallel_things", "cait", "xcit", "traced", "foreign"]
+
+
+@pytest.mark.filterwarnings("ignore:.*The slow replay takes its place")
+@pytest.mark.parametrize("components", ["attention", "all"])
+@pytest.mark.parametrize("name", [*EVERY_KIND, "swin_padded", "maxvit", "hiera"])
+def test_signed_maps_are_the_sums_over_heads_though_layers_are_read_whole(name, components):
+    model, images = any_model(name)
+    width = decompose(model, images[:1], components=["embed"]).values.shape[-1]
+    vectors = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    bank = TextBank(["a", "b", "c"], vectors, space="drawn")
+    tokens = attribute_tokens(model, images, bank.directions.double())
+    expected = heatmap.from_tokens(tokens, components=components)
+    maps = heatmap.of_texts(model, images, bank, components=components)
+    unit = float(expected.values.abs().max())
+    torch.testing.assert_close(maps.values / unit, expected.values / unit, atol=1e-12, rtol=0)
+    assert (maps.texts, maps.grid) == (bank.texts, expected.grid)
+
+
+def test_layers_are_read_whole_only_where_heads_count_alike(monkeypatch):
+    model, images = tiny()
+    asked = []
+
+    def spy(*of, by, **options):
+        asked.append(by)
+        return attribute_tokens(*of, by=by, **options)
+
+    monkeypatch.setattr(making, "attribute_tokens", spy)
+    bank = TextBank(["a", "b"], torch.randn(2, 32, generator=torch.Generator().manual_seed(0)), space="drawn")
+    random = TextBank([f"{n}" for n in range(30)], torch.randn(30, 32), space="drawn")
+    heatmap.of_texts(model, images, bank)
+    heatmap.of_classes(model, images, [3])
+    assert asked == ["layer", "layer"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VitDecompWarning)
+        heatmap.of_texts(model, images, bank, null=random)  # which component carries a text is asked by head
+    for options in ({"how": "positive"}, {"components": ["L0H1"]}, {"by": "neuron"}):
+        heatmap.of_texts(model, images, bank, **options)
+    assert asked[2:] == ["head", "head", "head", "neuron"]
 
 
 def test_texts_are_held_against_others():
@@ -662,6 +718,14 @@ CASES = {
         InputError,
         "measure= one of",
     ),
+    **{
+        f"a threshold of {number}": (
+            lambda number=number: heatmap.choose_threshold(some_maps(3, 1), some_masks(), thresholds=[1.0, number]),
+            InputError,
+            f"a number of at least 0, or 'otsu'; got {number!r}",
+        )
+        for number in (float("nan"), float("inf"), -1.0, "mean")
+    },
     "constants only": (
         lambda: heatmap.from_tokens(token_sample(), components="head.bias"),
         InputError,

@@ -170,6 +170,9 @@ def test_a_component_that_a_classifier_reads_is_found_though_it_writes_against_t
     assert repair.rank_read(parts, parts, linear, background, shape).margins == pytest.approx(ranking.margins)
     with pytest.raises(InputError, match="next to nothing"):
         repair.rank_read(parts, parts, torch.stack([-core, core]), background, shape)
+    for one, other in ((background, background), (texts, shape), (background, texts)):
+        with pytest.raises(InputError, match="spanned by those of the other"):
+            repair.rank_read(parts, parts, classifier, one, other)
     with pytest.raises(InputError, match="of kind 'mlp'"):
         repair.rank_read(parts, parts, classifier, background, shape, kind="mlp")
 
@@ -356,6 +359,9 @@ def test_options_that_do_not_fit_are_refused():
         choose(truth.carriers, criterion="best")
     with pytest.raises(InputError, match="slack"):
         choose(truth.carriers, slack=-1)
+    for loss in (float("nan"), -0.1, 1.1):
+        with pytest.raises(InputError, match=f"got {loss} for 'average'"):
+            choose(truth.carriers, sparing={"average": loss})
     with pytest.raises(InputError, match="list of labels"):
         choose("L0H0")
     with pytest.raises(UnknownNameError, match="L9H9"):

@@ -10,6 +10,7 @@ import timm
 import torch
 from einops import rearrange
 from staged_models import STAGED_MODELS
+from timm.models.mlp_mixer import MlpMixer
 from tiny_models import TINY_MODELS, images_for, perturb
 from torch import nn
 
@@ -434,3 +435,16 @@ def test_a_head_that_ends_in_an_activation_is_read_before_it():
     single = perturb(timm.create_model("test_efficientnet", num_classes=5))  # one pixel, but not yet pooled
     with pytest.warns(VitDecompWarning, match="only what follows it is linear"):
         assert decompose(single, torch.rand(1, 3, 32, 32)).coverage.found == 1
+
+
+def test_a_branch_that_mixes_tokens_has_none_of_its_own():
+    model = MlpMixer(img_size=48, patch_size=8, embed_dim=48, num_blocks=2, num_classes=0).eval().double()
+    images, direction = torch.randn(2, 3, 48, 48).double(), torch.randn(1, 48).double()
+    for by in ("layer", "neuron"):
+        scores, tokens = (ask(model, images, direction, by=by) for ask in (attribute, attribute_tokens))
+        mixing = [c.label for c in tokens.untokened.components if c.kind in ("mlp", "neuron")]
+        assert len(mixing) == (2 if by == "layer" else 2 * 24)
+        assert all("mlp_tokens" in label for label in mixing)
+        for label in scores.labels:
+            found = tokens.untokened[label] if label in tokens.untokened.labels else tokens[label].sum(1)
+            torch.testing.assert_close(found, scores[label], rtol=0, atol=1e-12)

@@ -1,11 +1,8 @@
 """The scores of one image by patch, where components may read different grids of tokens."""
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from vitdecomp_lens.components import TokenGrid
 from vitdecomp_lens.tokens import TokenAttribution, TokenBlock
@@ -45,18 +42,7 @@ class PatchMaps:
         return sum(map(self._laid, whole), empty)
 
     def _laid(self, block: TokenBlock) -> Float[Tensor, "row column"]:
-        grid, canvas = block.grid, self.canvas
-        if not grid.rows * grid.columns:  # prefix tokens only, as in class attention
-            return torch.zeros(canvas.rows, canvas.columns, dtype=torch.float64)
-        rows, columns = (
-            count * length // whole
-            for count, length, whole in zip(
-                (canvas.rows, canvas.columns), grid.image_size, canvas.image_size, strict=True
-            )
-        )
-        whole = replace(block, values=block.values.double(), grid=replace(grid, seen=None))  # padding included
-        values = whole.to_pixels(rows, columns, mode="density")[0, 0, self.direction]
-        return functional.pad(values, (0, canvas.columns - columns, 0, canvas.rows - rows))
+        return block.with_values(block.values.double()).laid_on(self.canvas)[0, 0, self.direction]
 
     def prefix_of(self, label: str) -> float:
         """What of a component's score came from prefix tokens."""

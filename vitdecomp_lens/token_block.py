@@ -8,6 +8,7 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from vitdecomp_lens import storage
 from vitdecomp_lens.components import TokenGrid
@@ -83,6 +84,26 @@ class TokenBlock:
         down = lay(height, self.grid.rows, covered[0], seen[0]).to(patches)
         across = lay(width, self.grid.columns, covered[1], seen[1]).to(patches)
         return einsum(down, patches, across, "height row, ... row column, width column -> ... height width")
+
+    def laid_on(self, canvas: TokenGrid) -> Float[Tensor, "component batch direction row column"]:
+        """The scores by the patches of a finer grid, over which each token is spread evenly; padding is covered too.
+
+        Example:
+            >>> block = TokenBlock(torch.ones(1, 1, 1, 1), ("L0H0",), TokenGrid(1, 1, (8, 8)))
+            >>> block.laid_on(TokenGrid(2, 2, (8, 8))).flatten()
+            tensor([0.2500, 0.2500, 0.2500, 0.2500])
+        """
+        sides = zip((canvas.rows, canvas.columns), self.grid.image_size, canvas.image_size, strict=True)
+        rows, columns = (count * length // whole for count, length, whole in sides)
+        if not self.grid.rows * self.grid.columns:  # prefix tokens only, as in class attention
+            values = self.values.new_zeros(*self.values.shape[:2], self.values.shape[3], rows, columns)
+        elif (rows, columns) == (self.grid.rows, self.grid.columns):
+            patches = self.values[:, :, len(self.grid.prefix) :]
+            pattern = "component batch (row column) direction -> component batch direction row column"
+            values = rearrange(patches, pattern, row=rows)
+        else:
+            values = replace(self, grid=replace(self.grid, seen=None)).to_pixels(rows, columns, mode="density")
+        return functional.pad(values, (0, canvas.columns - columns, 0, canvas.rows - rows))
 
     def with_values(self, values: Float[Tensor, "component batch token direction"]) -> "TokenBlock":
         """Other values of the same components on the same grid."""

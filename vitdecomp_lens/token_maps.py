@@ -33,8 +33,11 @@ class TokenMaps:
     def __init__(self, request: Request, components: Sequence[str] | None, max_bytes: int) -> None:
         self.request, program = request, request.program
         self.whole, wanted = request.labelled(components)
-        tokened = [p for p in request.met if p.token_axis is not None]
+        tokened = [
+            p for p in request.met if p.token_axis is not None and program.runs_over_tokens(p.hook, p.token_axis)
+        ]
         with_tokens = {c for point in tokened for c in request.components_of(point)}
+        self.without = [p for p in request.met if p not in tokened]
         self.tokened = [p for p in tokened if not set(wanted).isdisjoint(request.components_of(p))]
         self.others = [c for c in wanted if c not in with_tokens]
         self.blocks, self.home = self._empty_blocks(wanted, max_bytes)
@@ -76,8 +79,7 @@ class TokenMaps:
         """Where something is read that is wanted."""
         if self.request.mapped is not None:
             return [p.hook for p in self.request.met]
-        untokened = [p for p in self.request.met if p.token_axis is None]
-        return [p.hook for p in (*self.tokened, *(untokened if self.others else ()))]
+        return [p.hook for p in (*self.tokened, *(self.without if self.others else ()))]
 
     def _sums_heads(self, point: Point) -> bool:
         return point.axis is not None and len(self.request.components_of(point)) == 1
@@ -119,30 +121,32 @@ class TokenMaps:
         return block.values[first : first + len(mine), images, point.skipped_tokens :]
 
     def _add_point(self, point: Point, kept: Tensor, weights: Any, images: slice) -> None:
-        mine, block = self.request.components_of(point), self.home[point.hook]
-        chosen = [number for number, component in enumerate(mine) if component in block.place]
+        mine, block, program = self.request.components_of(point), self.home[point.hook], self.request.program
         split = 1 if point.axis is None else kept.shape[point.axis]
-        scratch = block.values.new_empty(split, *block.values[0, images, point.skipped_tokens :].shape)
-        self.request.program.by_token(point.hook, kept, weights, scratch, token_axis=point.token_axis or 1)
+        shape = (split, *block.values[0, images, point.skipped_tokens :].shape)
+        token_axis = point.token_axis or 1
+        if self._sums_heads(point):
+            written = program.together_by_token(point.hook, kept, weights, shape, token_axis=token_axis)
+            block.values[block.place[mine[0]], images, point.skipped_tokens :] += written
+            return
+        scratch = block.values.new_empty(shape)
+        program.by_token(point.hook, kept, weights, scratch, token_axis=token_axis)
+        chosen = [number for number, component in enumerate(mine) if component in block.place]
         if len(chosen) < len(mine) and self.request.mapped is not None:
             unasked = [number for number in range(len(mine)) if number not in chosen]
             self.elsewhere[images] += scratch[unasked].sum((0, 2))
         places = [block.place[mine[number]] for number in chosen]
-        if self._sums_heads(point):
-            block.values[places[0], images, point.skipped_tokens :] += scratch.sum(0)
-        else:
-            block.values[places, images, point.skipped_tokens :] = scratch[chosen]
+        block.values[places, images, point.skipped_tokens :] = scratch[chosen]
 
     def _add_others(self, captured: Captured, weights: Any, images: slice) -> None:
         request, batch = self.request, len(captured.total)
-        without = [p for p in request.met if p.token_axis is None]
-        unasked = [p for p in request.met if p.token_axis is not None and p not in self.tokened]
+        unasked = [p for p in request.met if p not in self.without and p not in self.tokened]
         unasked = unasked if request.mapped is not None else []
-        names = [p.hook for p in without] + list(request.changed)
+        names = [p.hook for p in self.without] + list(request.changed)
         read = [*names, *(p.hook for p in unasked)]
         written = request.program.contributions(captured.kept, weights, batch, only=read)
         rows = torch.cat([*(written[name] for name in names), request.of_constants(captured, weights)])
-        labels = [c for p in without for c in request.components_of(p)] + list(request.others)
+        labels = [c for p in self.without for c in request.components_of(p)] + list(request.others)
         place = {component: row for row, component in enumerate(labels)}
         self.untokened[:, images] = rows[[place[c] for c in self.others]]
         if request.mapped is not None:

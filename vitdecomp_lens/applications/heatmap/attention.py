@@ -8,7 +8,7 @@ tokens it is read from is seen from its gradient: the class token, both of a dis
 attention pool reads them, the row is its pattern's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,16 +117,17 @@ def chefer(
         Heatmaps(batch=2, text=1, 10 × 10 patches; Chefer)
     """
     found = _Patterns.of(model, images)
-    maps = []
-    for gradients in found.run.gradients(found.hooks, directions, of, own):
+
+    def relevance(gradients: Sequence[Tensor]) -> Float[Tensor, "batch token"]:
         layers = [(a * g).clamp(min=0).mean(1) for a, g in zip(found.patterns, gradients, strict=True)]
         weights = found.read if found.pool is None else layers.pop()[:, 0]
         # A row of R at a time, from the output: r (1 + A_L) ... (1 + A_1).
         for layer in reversed(layers):
             weights = weights + _through(weights, layer)
-        maps.append(without_prefix(weights, found.grid))
-    texts = named(names, len(directions), own)
-    return Heatmaps(torch.stack(maps, 1).detach(), texts, replace(found.grid, prefix=()), "Chefer")
+        return weights
+
+    steps = found.run.gradients(found.hooks, directions, of, own)
+    return found.mapped(map(relevance, steps), named(names, len(directions), own), "Chefer")
 
 
 def attention_cam(
@@ -163,14 +164,15 @@ def attention_cam(
     found = _Patterns.of(model, images)
     rows = torch.ones_like(found.read[:, :1]) if found.pool is not None else found.read
     pattern = einsum(found.patterns[-1], rows, "batch head query key, batch query -> batch head key")
-    maps = []
-    for (gradient,) in found.run.gradients(found.hooks[-1:], directions, of, own):
+
+    def weighted(gradients: Sequence[Tensor]) -> Float[Tensor, "batch token"]:
+        (gradient,) = gradients
         slopes = einsum(gradient, (rows > 0).to(rows), "batch head query key, batch query -> batch head key")
         weights = slopes[:, :, len(found.grid.prefix) :].mean(2)
-        weighted = einsum(pattern, weights, "batch head key, batch head -> batch key").clamp(min=0)
-        maps.append(without_prefix(weighted, found.grid))
-    texts = named(names, len(directions), own)
-    return Heatmaps(torch.stack(maps, 1).detach(), texts, replace(found.grid, prefix=()), "GradCAM of attention")
+        return einsum(pattern, weights, "batch head key, batch head -> batch key").clamp(min=0)
+
+    steps = found.run.gradients(found.hooks[-1:], directions, of, own)
+    return found.mapped(map(weighted, steps), named(names, len(directions), own), "GradCAM of attention")
 
 
 def _through(
@@ -225,8 +227,12 @@ class _Patterns:
 
     def agnostic(self, weights: Float[Tensor, "batch token"], method: str) -> Heatmaps:
         """Maps that no text changes."""
-        maps = without_prefix(weights, self.grid)[:, None]
-        return Heatmaps(maps, (ANY,), replace(self.grid, prefix=()), method)
+        return self.mapped([weights], (ANY,), method)
+
+    def mapped(self, weights: Iterable[Float[Tensor, "batch token"]], texts: tuple[str, ...], method: str) -> Heatmaps:
+        """Maps of weights by token, a text's at a time."""
+        maps = torch.stack([without_prefix(one, self.grid) for one in weights], 1)
+        return Heatmaps(maps.detach(), texts, replace(self.grid, prefix=()), method)
 
 
 def _hooks(model: HookedViT) -> list[str]:

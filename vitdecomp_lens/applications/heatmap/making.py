@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,6 +19,7 @@ from vitdecomp_lens.applications.heatmap.carried import Carried, Spread
 from vitdecomp_lens.applications.heatmap.maps import ANY, Heatmaps
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.components import By, Component, TokenGrid
+from vitdecomp_lens.decomposable import Decomposable
 from vitdecomp_lens.decompose import attribute_tokens
 from vitdecomp_lens.decomposition import ComponentMaps, OfOneModel
 from vitdecomp_lens.errors import InputError, VitDecompWarning
@@ -136,6 +136,8 @@ def of_texts(
     if null is not None:
         bank.check_space(null.space)
         directions = torch.cat([directions, _drawn(null, bank, against, seed).to(directions)])
+    if null is None and through is None:
+        by = _coarsest(by, model, components, how)
     options: dict[str, Any] = {"through": through, "by": by, "max_bytes": max_bytes, **_named(components)}
     maker = _Maker(bank.texts, components, how, with_null=null is not None)
     for part in _batches(images, batch_size):
@@ -183,6 +185,7 @@ def of_classes(
         >>> of_classes(testbed.load("deit"), images, ["circle", "red"], relative=True).texts
         ('circle', 'red')
     """
+    by = _coarsest(by, model, components, how)
     options: dict[str, Any] = {"relative": relative, "by": by, "batch_size": batch_size, "max_bytes": max_bytes}
     batches = tokens_of_classes(model, images, classes, **options, **_named(components))
     _, names = _logits(model, classes, relative)
@@ -325,6 +328,14 @@ def _batches(images: Tensor, size: int) -> Iterator[Tensor]:
     return iter(images.split(size))
 
 
+def _coarsest(by: By, model: nn.Module, components: str | Collection[str], how: How) -> By:
+    """Whole layers in place of heads, where all of these count alike and are read at the same places."""
+    if by != "head" or how != "signed" or components not in ("attention", "all"):
+        return by
+    same = isinstance(model, Decomposable) and model.token_points("layer") == model.token_points("head")
+    return "layer" if same else "head"
+
+
 def _named(components: str | Collection[str]) -> dict[str, Any]:
     """Which components to compute: those that are named."""
     if isinstance(components, str):
@@ -386,15 +397,5 @@ def _canvas(grids: Sequence[TokenGrid]) -> TokenGrid:
 
 def _laid(block: TokenBlock, canvas: TokenGrid) -> Float[Tensor, "batch text row column"]:
     """The sum over a block's components, its tokens spread evenly over the canvas's patches."""
-    grid, dtype = block.grid, accumulator(block.values.dtype)
-    patches = block.values[:, :, len(grid.prefix) :].sum(0, keepdim=True, dtype=dtype)
-    if (grid.rows, grid.columns, grid.image_size) == (canvas.rows, canvas.columns, canvas.image_size):
-        return rearrange(patches[0], "batch (row column) text -> batch text row column", row=grid.rows)
-    whole = replace(grid, prefix=(), seen=None)  # padding included
-    rows, columns = (
-        count * length // over
-        for count, length, over in zip((canvas.rows, canvas.columns), grid.image_size, canvas.image_size, strict=True)
-    )
-    alone = TokenBlock(patches, (Component(kind="constant", name="all"),), whole)
-    values = alone.to_pixels(rows, columns, mode="density")[0]
-    return functional.pad(values, (0, canvas.columns - columns, 0, canvas.rows - rows))
+    whole = block.values.sum(0, keepdim=True, dtype=accumulator(block.values.dtype))
+    return TokenBlock(whole, (Component(kind="constant", name="all"),), block.grid).laid_on(canvas)[0]

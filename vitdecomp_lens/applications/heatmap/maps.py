@@ -176,6 +176,21 @@ class Heatmaps:
         )
         return einsum(down, self.values, across, "height row, ... row column, width column -> ... height width")
 
+    def covered(self, seen: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        """Where the patches lie on a photograph, of which the model sees a part: they may reach beyond that.
+
+        Args:
+            seen: Left, top, right and bottom of the part, in the photograph's pixels.
+
+        Example:
+            >>> grid = TokenGrid(2, 2, (8, 8), seen=(8, 6))
+            >>> Heatmaps(torch.zeros(1, 1, 2, 2), ("a cat",), grid, "by hand").covered((10.0, 0.0, 70.0, 80.0))
+            (10.0, 0.0, 90.0, 80.0)
+        """
+        (height, width), of = self.grid.image_size, self.grid.seen or self.grid.image_size
+        left, top, right, bottom = seen
+        return left, top, left + (right - left) * width / of[1], top + (bottom - top) * height / of[0]
+
     def on_photograph(
         self, image: int, size: tuple[int, int], seen: tuple[float, float, float, float], *, resize: Resize = "linear"
     ) -> Float[Tensor, "text height width"]:

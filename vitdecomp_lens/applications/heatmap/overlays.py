@@ -8,7 +8,6 @@ from typing import Any
 from PIL import Image
 
 from vitdecomp_lens.applications.heatmap.maps import Heatmaps
-from vitdecomp_lens.components import TokenGrid
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.explanation import Heatmap, Rectangle, printable
 from vitdecomp_lens.pictures import Photograph, save_figure, scale_of
@@ -56,7 +55,7 @@ def _figure(maps: Heatmaps, photographs: Sequence[Image.Image], seen: Sequence[R
     figure = Figure(figsize=(SIDE * columns, (SIDE + GAP) * rows), layout="constrained")
     panels, values = figure.subplots(rows, columns, squeeze=False), maps.values.detach().double().cpu()
     for row, photograph, rectangle, numbers in zip(panels, photographs, seen, values, strict=True):
-        on = Photograph(photograph, _covered(maps.grid, rectangle))
+        on = Photograph(photograph, maps.covered(rectangle))
         on.show(row[0])
         _name(row[0], "the photograph")
         of_image = [Heatmap(text, one) for text, one in zip(maps.texts, numbers, strict=True)]
@@ -65,13 +64,6 @@ def _figure(maps: Heatmaps, photographs: Sequence[Image.Image], seen: Sequence[R
             on.overlay(axes, one, scale_of(of_image))
             _name(axes, one.of)
     return figure
-
-
-def _covered(grid: TokenGrid, seen: Rectangle) -> Rectangle:
-    """Where the patches lie: they may reach beyond what the model sees."""
-    (height, width), of = grid.image_size, grid.seen or grid.image_size
-    left, top, right, bottom = seen
-    return left, top, left + (right - left) * width / of[1], top + (bottom - top) * height / of[0]
 
 
 def _name(axes: Any, title: str) -> None:

@@ -231,9 +231,9 @@ def foreground(
                  [False, False]]])
     """
     based = _based(pixels, clip)
+    if threshold != OTSU and (isinstance(threshold, str) or not 0 <= threshold < float("inf")):
+        raise InputError(f"Expected threshold= as a number of at least 0, or 'otsu'; got {threshold!r}.")
     if isinstance(threshold, str):
-        if threshold != OTSU:
-            raise InputError(f"Expected threshold= as a number or 'otsu'; got {threshold!r}.")
         level = _otsu(based.flatten(1))[:, None, None]
     else:
         level = threshold * based.mean((1, 2), keepdim=True)

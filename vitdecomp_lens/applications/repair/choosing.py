@@ -275,6 +275,8 @@ class _Aim:
                 f"Expected criterion='worst' or 'average', and slack= as a share of one; got {self.criterion!r} and"
                 f" {self.slack}."
             )
+        if odd := [name for name, loss in self.sparing.items() if not 0 <= loss <= 1]:
+            raise InputError(f"Expected sparing= with shares of one; got {self.sparing[odd[0]]} for {odd[0]!r}.")
 
     def value(self, accuracy: GroupAccuracy, before: GroupAccuracy) -> float:
         """The criterion; minus infinity where what is to be spared has fallen too far."""

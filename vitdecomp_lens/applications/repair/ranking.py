@@ -15,6 +15,7 @@ from vitdecomp_lens.interpret.feature_scores import FeatureScores
 from vitdecomp_lens.selecting import Names
 
 LEAST = 0.01  # of a classifier's scores, what it goes by
+SAME = 1e-5  # less than this from 1, a cosine is 1 but for rounding
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,8 +119,8 @@ def rank_read(
         decay: The penalty, as a share of the mean variance of the coordinates.
 
     Raises:
-        InputError: If a total is missing, there is nothing to rank, or the classifier reads nothing along one feature's
-            texts that the other's do not tell.
+        InputError: If a total is missing, there is nothing to rank, one feature's texts are spanned by the other's, or
+            the classifier reads nothing along one feature's texts that the other's do not tell.
 
     Example:
         >>> from vitdecomp_lens.linear_classifier import LinearClassifier
@@ -139,6 +140,8 @@ def rank_read(
     whole = _centred(read(parts.total).double(), 0)
     whole = whole - whole.mean(1, keepdim=True)
     bases = [bank.subspace().to(aligned.total).double() for bank in (spurious, core)]
+    if float(torch.linalg.svdvals(bases[0] @ bases[1].T).min()) > 1 - SAME:
+        raise InputError("Expected texts of two features; those of one are spanned by those of the other.")
     along = [_centred(aligned.total.double() @ basis.T, 0) for basis in bases]
     both = torch.cat(along, 1)
     second = both.T @ both
