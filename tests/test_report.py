@@ -269,6 +269,8 @@ def test_pictures_are_small_and_keep_their_shape():
     packed = picture(photograph(0, 1200, 30))
     assert packed.startswith("data:image/jpeg;base64,")
     assert len(packed) < 10_000
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)
+    assert len(picture(Image.fromarray(noise))) < 62_000  # what no quality makes small is coarse
 
 
 # --- words ----------------------------------------------------------------------------------------------------
@@ -493,12 +495,25 @@ def test_the_command_takes_any_classifier(tiny, tmp_path, capsys):
         (["0.png", "--model", "test_vit", "--num-classes", "3", "--out", "."], "is a folder"),
         (["0.png", "--model", "test_vit", "--num-classes", "3", "--class-names", "none.txt"], "cannot be read"),
         (["0.png", "--model", "testbed/deit", "--reference", "testbed:some"], "testbed:SPLIT:SIZE"),
+        (["0.png", "--model", "test_vit", "--num-classes", "3", "--texts", "texts.txt"], "Expected --clip NAME"),
+        (["0.png", "--model", "test_vit", "--num-classes", "3", "--out", "0.png"], "is one of the photographs"),
     ],
 )
 def test_the_command_refuses(asked, said, tiny, monkeypatch, capsys):
     monkeypatch.chdir(tiny)
     assert main(["report", *asked]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_reference_image_that_cannot_be_read_is_named(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tiny)
+    photograph().save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    assert main(["report", "0.png", "--model", "test_vit", "--num-classes", "3", "--reference", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "b.png" in said
+    assert "cannot be read" in said
+    assert "Leave it out" in said
 
 
 def test_the_files_of_the_page_are_part_of_the_package():

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny_models import TINY
 
 from vitdecomp_lens import HookedViT, attribute_tokens, decompose
-from vitdecomp_lens.report import report
+from vitdecomp_lens.report import making, report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'vitdecomp-lens[test]'")
 
@@ -269,6 +269,47 @@ def test_the_map_of_all_leaves_out_what_is_off(open_page, made, model, images, p
     )
 
 
+def test_layers_have_their_sums_in_numbers(open_page, made, parts):
+    opened = open_page(made)
+    best = int(parts.total[0, :6].argmax())
+    told = opened.page.locator("#grid td.sum").all_inner_texts()
+    for layer, text in enumerate(told):
+        expected = float(parts.select(kind=("head", "mlp"), layer=layer).values[:, 0, best].sum())
+        assert float(text.strip().replace("−", "-")) == pytest.approx(expected, abs=0.0051)
+    assert len(told) == 2
+
+
+def test_the_map_of_all_says_what_it_cannot_leave_out(open_page, model, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(making, "FOR_MAPS", 10 * 4 * 16 * 2 * 4 / 3)  # three components have a map of their own
+    opened = open_page(report(model, photographs(1), words=1).save(tmp_path / "page.html"))
+    maps = opened.page.evaluate("JSON.parse(document.getElementById('content').textContent).images[0].maps")
+    best = int(parts.total[0, :6].argmax())
+    own = maps["components"][best]
+    weak = [row for row in maps["reading"] if row not in own]
+    assert len(own) == 3
+    assert len(weak) >= 2
+    held = opened.data("#heatmap", "sum")
+    for row, said in zip(weak[:2], ("1 weak one that is off", "2 weak ones that are off"), strict=True):
+        opened.page.locator(f'button.cell[data-component="{row}"]').focus()
+        opened.page.keyboard.press("x")
+        opened.page.evaluate("document.activeElement.blur()")
+        assert f"still holds {said}" in opened.text("#shown-split")
+    assert opened.data("#heatmap", "sum") == pytest.approx(held, abs=TOLERANCE)
+    opened.page.click("#reset")
+    assert "still" not in opened.text("#shown-split")
+
+
+def test_words_are_told_with_what_chance_would_do(open_page, made, parts):
+    opened = open_page(made)
+    opened.row_of(parts, "L1H2").click()
+    said = opened.page.evaluate("JSON.parse(document.getElementById('content').textContent).words")
+    chance = said["chance"]["L1H2"]
+    assert 0.01 < chance < 1
+    told = opened.text("#card-words .chance")
+    assert told == f"A text drawn at random would come again in {round(100 * chance)} %."
+    assert opened.page.locator("#card-words li").count() == 1 + len(said["said"]["L1H2"])
+
+
 def test_behind_the_pictures_there_are_tables(open_page, made, parts):
     opened = open_page(made)
     page = opened.page
@@ -330,6 +371,15 @@ def test_a_phone_shows_all_of_its_width_and_keeps_the_image_in_view(open_page, w
     assert box["y"] >= 0
     assert box["y"] + box["height"] < PHONE["height"] / 2
     assert opened.text("#shown-component") == "L1H0"
+
+
+def test_a_wide_grid_moves_beside_its_layers(open_page, tmp_path):
+    wide = HookedViT(seeded(lambda: VisionTransformer(**{**TINY, "embed_dim": 64, "num_heads": 16, "depth": 1})))
+    page = open_page(report(wide, photographs(1), words=1).save(tmp_path / "page.html"), viewport=PHONE).page
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    moved = "grid => [grid.scrollWidth > grid.clientWidth, grid.scrollLeft = 9999, grid.scrollLeft > 100]"
+    assert page.locator("#grid-scroll").evaluate(moved) == [True, 9999, True]
+    assert page.locator('#grid th[scope="row"]').bounding_box()["x"] >= 0
 
 
 def test_the_theme_is_the_systems_until_one_is_chosen(open_page, made):

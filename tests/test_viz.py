@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 from PIL import Image
 
 pytest.importorskip("matplotlib")
+import matplotlib.style
 from matplotlib._pylab_helpers import Gcf
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from vitdecomp_lens import viz
 from vitdecomp_lens.applications import ablation
@@ -139,10 +142,42 @@ def test_what_is_no_single_axis_is_refused(drawings, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_matplotlib_there_is_advice(drawings, name, monkeypatch):
-    for module in (viz, ablation):
+    for module in (viz.axes, ablation):
         monkeypatch.setattr(module, "can_draw", lambda: False)
     with pytest.raises(InputError, match=re.escape("pip install 'vitdecomp-lens[viz]'")):
         drawings[name]()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_stays_readable_on_a_dark_ground(drawings, name):
+    with matplotlib.style.context("dark_background"):
+        figure = drawings[name]()
+        figure.draw_without_rendering()
+    cells = name in ("matrix", "grid")  # their numbers lie on colours
+    for text in figure.findobj(Text):
+        if text.get_text() and not (cells and text in figure.axes[0].texts):
+            assert min(to_rgb(text.get_color())) > 0.9, text.get_text()
+            assert text.get_alpha() in (None, 1, viz.axes.QUIET)
+
+
+def test_names_of_ten_thousand_letters_leave_room_for_the_figure(scores, maps, drawings):
+    name = "a photograph of " * 700
+    named = replace(scores, features=("red", "round", name))
+    drawn = {
+        "matrix": viz.component_feature_matrix(named, most=1),
+        "grid": viz.head_grid({"L0H0": 1.0}, unit=name),
+        "curves": viz.ablation_curves([curve(), curve()], names=[name, "_b"]),
+        "overlays": viz.heatmap_overlays(replace(maps, texts=(name, "b")), pictures(), names=[name] * 3, unit=name),
+        "tree": viz.concept_tree(ConceptTree.of({name: ["red", name + "b"]})),
+    }
+    for which, figure in drawn.items():
+        assert figure.get_figwidth() <= 7, which
+        assert max(len(text.get_text()) for text in figure.findobj(Text)) < 80, which
+        figure.draw_without_rendering()
+        (height,) = {axes.bbox.height / figure.dpi for axes in figure.axes[:1]}
+        assert height > 0.7, which
+    legend = drawn["curves"].axes[0].get_legend().get_texts()
+    assert [text.get_text()[:2] for text in legend] == ["a ", "_b"]
 
 
 # --- components by feature --------------------------------------------------------------------------------------------
@@ -160,7 +195,7 @@ def test_a_matrix_shows_the_scores(scores, by):
     assert not any(label.get_parse_math() for label in axes.get_xticklabels())
     assert float(drawn.norm(0.0)) == 0.5
     title, ends = bar_of(figure)
-    assert title == viz.UNITS[by]
+    assert title == viz.matrix.UNITS[by]
     assert ends == pytest.approx((-float(wanted.abs().max()), float(wanted.abs().max())))
     assert axes.get_xlabel() == ""
 
@@ -186,6 +221,18 @@ def test_constants_have_a_row_only_where_they_are_named(scores):
     assert labels_of(viz.component_feature_matrix(with_constant).axes[0], "y") == list(scores.labels[1:])
     named = viz.component_feature_matrix(with_constant, components=["pos_embed"])
     assert labels_of(named.axes[0], "y") == ["pos_embed"]
+
+
+def test_a_feature_that_does_not_vary_has_hatched_cells(scores):
+    still = replace(scores, total=scores.total * torch.tensor([1.0, 0.0, 1.0]))
+    axes = viz.component_feature_matrix(still, by="share", most=4).axes[0]
+    drawn = np.ma.filled(axes.images[0].get_array(), np.nan)
+    assert np.isnan(drawn[:, 1]).all()
+    assert np.isfinite(drawn[:, [0, 2]]).all()
+    shares = (scores.covariance / scores.total)[:, [0, 2]].abs().amax(1)
+    assert set(labels_of(axes, "y")) == {scores.labels[row] for row in shares.topk(4).indices.tolist()}
+    with pytest.raises(InputError, match="Expected numbers to draw"):
+        viz.component_feature_matrix(still, by="share", features=["round"])
 
 
 def test_numbers_are_written_into_few_columns_only(scores):
@@ -256,6 +303,15 @@ def test_a_grid_of_any_numbers(scores):
     assert axes.get_xlabel() == "head"  # of numbers that do not add up, no sum is told
 
 
+def test_a_grid_of_many_heads_is_wide_enough_for_their_numbers():
+    heads = {f"L{layer}H{head}": 1.0 for layer in range(24) for head in range(16)}
+    figure = viz.head_grid(heads | {f"mlp.{layer}": -1.0 for layer in range(24)})
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) == 17
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
 def test_names_tell_rows_apart_where_layers_do_not():
     def drawn(*components):
         values = torch.arange(float(len(components)))[:, None, None]
@@ -268,6 +324,14 @@ def test_names_tell_rows_apart_where_layers_do_not():
     assert drawn(*heads, *beside) == (["blocks.3.attn", "blocks.3.other"], [[0, 1], [2, 3]])
     nowhere = [Component("mlp", name="first"), Component("mlp", name="second")]
     assert drawn(*nowhere) == (["first", "second"], [[0], [1]])
+    many = [Component("mlp", name=f"blocks.{n}.mlp") for n in (10, 9, 2)]
+    assert drawn(*many) == (["blocks.2.mlp", "blocks.9.mlp", "blocks.10.mlp"], [[2], [1], [0]])
+
+
+def test_a_grid_without_heads_does_not_speak_of_any():
+    axes = viz.head_grid({"attn.0": 1.0, "mlp.0": 0.5}).axes[0]
+    assert labels_of(axes, "x") == ["attention", "MLP"]
+    assert axes.get_xlabel() == ""
 
 
 @pytest.mark.parametrize(
@@ -300,7 +364,8 @@ def test_curves_are_those_of_ablation_in_colours_that_differ():
     assert [list(line.get_xdata()) for line in axes.lines] == [list(range(len(one.values))) for one in several]
     assert [line.get_linestyle() for line in axes.lines] == ["-", "-", "--", "-"]
     colours = [to_hex(line.get_color()) for line in axes.lines]
-    assert [colours[0], colours[2]] == [colour.lower() for colour in viz.LINES[:2]]
+    assert len(set(colours)) == 3
+    assert [colours[0], colours[2]] == [colour.lower() for colour in viz.curves.LINES[:2]]
     assert colours[1] == colours[3]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [one.name for one in several]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("components ablated", "accuracy")

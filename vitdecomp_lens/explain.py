@@ -107,8 +107,8 @@ class Explainer:
         count = _num_classes(model)
         self.names = ClassNames.of(count, _label_names(model) if class_names is None else class_names)
         self.wanted = None if class_ is None else self.names.find(class_)
-        questions = Question.of(count, _label_groups(model))
-        self.question = next(one for one in questions if (self.wanted or 0) in one.classes)
+        self.questions = Question.of(count, _configured(model).get("label_groups"))
+        self.question = next(one for one in self.questions if (self.wanted or 0) in one.classes)
 
     def explain(self, photograph: Photograph, *, name: str) -> Explanation:
         """Explain one photograph, under the name that it has in messages and results."""
@@ -131,7 +131,7 @@ class Explainer:
             image=name,
             size=upright.size,
             seen=maps.covered(self.model.preprocess_geometry(upright), *image.shape[2:]),
-            model=_model_name(self.model),
+            model=model_name(self.model),
             by=self.by,
             relative=self.relative,
             index=index,
@@ -184,11 +184,6 @@ def _label_names(model: HookedViT) -> Sequence[str] | None:
     return names if len(names) == _num_classes(model) else None  # a classifier may have been replaced
 
 
-def _label_groups(model: HookedViT) -> Mapping[str, int] | None:
-    """How many classes answer each of a model's questions, where its configuration says so."""
-    return _configured(model).get("label_groups")
-
-
 def _configured(model: HookedViT) -> Mapping[str, Any]:
     return getattr(model.original, "pretrained_cfg", None) or {}
 
@@ -205,7 +200,8 @@ def _with_constant(scores: Attribution, name: str, value: Float[Tensor, "directi
     )
 
 
-def _model_name(model: HookedViT) -> str:
+def model_name(model: HookedViT) -> str:
+    """What a model's configuration calls it, or else its class."""
     return str(_configured(model).get("architecture") or model.cfg.model_name)
 
 

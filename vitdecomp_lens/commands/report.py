@@ -18,6 +18,7 @@ from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.clip.alignment import Aligner
 from vitdecomp_lens.collecting.images import images_from
 from vitdecomp_lens.collecting.pictures import opened
+from vitdecomp_lens.collecting.sources import Sample
 from vitdecomp_lens.commands.collect import source_of
 from vitdecomp_lens.commands.interpreting.subjects import add_aligner, add_model, load_aligner
 from vitdecomp_lens.commands.interpreting.words import GENERAL, Words, add_clip
@@ -78,6 +79,8 @@ def run(options: argparse.Namespace, errors: Console) -> int:
     check_folder(options.out.parent, "The folder of --out")
     if options.out.is_dir():
         raise InputError(f"--out must be a file; {str(options.out)!r} is a folder. Name a file in it.")
+    if options.out.exists() and any(Path(one).exists() and options.out.samefile(one) for one in options.photographs):
+        raise InputError(f"--out {str(options.out)!r} is one of the photographs. Name another file.")
     with bar(errors, "loading") as (progress, task):
         original, origin = named_model(options.model, options, open_clip=options.open_clip)
         note_untrained(origin, errors)
@@ -168,6 +171,13 @@ class _Asked:
             return cls()
         if options.clip is None and options.open_clip:
             options.clip, options.clip_pretrained = options.model, options.pretrained
+        named = (options.model, options.aligner or "")
+        if options.clip is None and not any(name.startswith(TESTBED) for name in named):
+            raise InputError(
+                "Expected --clip NAME, the CLIP that embeds the texts, and --aligner FILE, which takes what this "
+                "model's components write into its space: 'vitdecomp-lens align' makes one. Without --texts, --words "
+                "and --aligner, the page is of the model's own classes."
+            )
         words = Words(options, errors)
         bank = words.bank(options.words or GENERAL)
         if texts is None:
@@ -214,11 +224,15 @@ def _reference(options: argparse.Namespace, model: HookedViT) -> Float[Tensor, "
     assert source.count is not None
     count = min(options.images, source.count)
     rows = [place * source.count // count for place in range(count)]
-    pictures = [_picture(opened(source.read(row, row + 1)[0].image)) for row in rows]
+    pictures = [_picture(source.read(row, row + 1)[0]) for row in rows]
     return torch.cat([model.preprocess(pictures[first : first + AT_ONCE]) for first in range(0, count, AT_ONCE)])
 
 
-def _picture(image: Image.Image | Tensor) -> Image.Image:
+def _picture(sample: Sample) -> Image.Image:
+    try:
+        image = opened(sample.image)
+    except InputError as error:
+        raise InputError(f"The reference image {sample.id!r} cannot be read: {error}. Leave it out.") from error
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) if isinstance(image, Tensor) else image
 
 

@@ -113,12 +113,12 @@ class Classes(Answers):
     """
 
     def __init__(self, model: HookedViT, by: By, class_names: Sequence[str] | None, *, relative: bool) -> None:
-        known: ClassNames = Explainer(model, by=by, class_names=class_names).names
+        explainer = Explainer(model, by=by, class_names=class_names)
+        known: ClassNames = explainer.names
         self.model, self.by, self.known = model, by, known
         self.names = known.names
         self.short = tuple(known.short(number) or name for number, name in enumerate(known.names))
-        groups = (getattr(model.original, "pretrained_cfg", None) or {}).get("label_groups")
-        self.questions = Question.of(len(self.names), groups)
+        self.questions = explainer.questions
         self.relative = relative
         self.unit, self.digits, self.scale = f"logit{ABOVE * relative}", 2, 1.0
 

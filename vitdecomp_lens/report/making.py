@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
 from vitdecomp_lens.certificate import TOLERANCES
 from vitdecomp_lens.class_match import class_vectors
@@ -20,6 +19,7 @@ from vitdecomp_lens.clip.alignment import Aligner
 from vitdecomp_lens.components import By, TokenGrid
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError
+from vitdecomp_lens.explain import model_name
 from vitdecomp_lens.hooked import HookedViT
 from vitdecomp_lens.hooked.preprocess import Photograph, open_upright
 from vitdecomp_lens.patch_maps import PatchMaps
@@ -32,7 +32,7 @@ from vitdecomp_lens.tokens import TokenAttribution
 from vitdecomp_lens.verify import LIBRARIES
 
 # Bytes an image: ten images stay below 5 MB, with their photographs and the page itself.
-FOR_SCORES, FOR_MAPS = 280_000, 110_000
+FOR_SCORES, FOR_MAPS = 262_000, 90_000
 ALL = 12  # answers of a question, up to which all of them have heatmaps
 SCORE, MAP = 3, 2  # bytes a number
 BASE64 = 4 / 3
@@ -125,7 +125,7 @@ def report(
     own = others is None
     said = UNREAD if read_in is None else _words(read, aligner, read_in, words, resamples, seed, own=own)
     content = {
-        "title": title or _model_name(model),
+        "title": title or model_name(model),
         **maker.shared(),
         "words": said.packed(),
         "images": shown,
@@ -294,8 +294,6 @@ class _Maker:
         ]
         together = substitute is not None and substitute.shape[1] == 1
         return {
-            "model": _model_name(self._model),
-            "by": answers.by,
             "unit": answers.unit,
             "digits": answers.digits,
             "scale": answers.scale,
@@ -360,14 +358,7 @@ def _laid(
 
 def _on(canvas: TokenGrid, block: TokenBlock) -> Float[Tensor, "component answer row column"]:
     """As `PatchMaps` lays one component of one direction: a token that stands for several patches is spread evenly."""
-    grid = block.grid
-    sizes = zip((canvas.rows, canvas.columns), grid.image_size, canvas.image_size, strict=True)
-    rows, columns = (count * length // whole for count, length, whole in sizes)
-    if not grid.rows * grid.columns:  # prefix tokens only, as in class attention
-        return torch.zeros(len(block), block.values.shape[3], canvas.rows, canvas.columns, dtype=torch.float64)
-    whole = TokenBlock(block.values.double(), block.components, replace(grid, seen=None))  # padding included
-    values = whole.to_pixels(rows, columns, mode="density")[:, 0]
-    return functional.pad(values, (0, canvas.columns - columns, 0, canvas.rows - rows))
+    return block.with_values(block.values.double()).laid_on(canvas)[:, 0]
 
 
 def _how_many(laid: Float[Tensor, "answer component row column"]) -> int:
@@ -380,18 +371,13 @@ def _how_many(laid: Float[Tensor, "answer component row column"]) -> int:
 # --- what is said of it -----------------------------------------------------------------------------------------
 
 
-def _model_name(model: HookedViT) -> str:
-    configured = getattr(model.original, "pretrained_cfg", None) or {}
-    return str(configured.get("architecture") or model.cfg.model_name)
-
-
 def _certificate(
     answers: Answers, scored: Scored, aligner: Aligner | None, count: int, reference: Images | None
 ) -> Iterator[tuple[str, str]]:
     """What was summed to what, and how nearly."""
     parts, dtype = scored.decomposed, str(scored.decomposed.values.dtype).removeprefix("torch.")
     kinds = Counter(one.kind for one in scored.scores.components)
-    yield "Model", _model_name(answers.model)
+    yield "Model", model_name(answers.model)
     if weights := parts.metadata.get("weights"):
         yield "Weights", f"hash {weights}"
     yield "Components", f"{len(scored.scores)}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 LARGEST = 448  # pixels of a photograph's longer side
 SMALL = 96  # pixels of a picture that is sent as it is
-QUALITY = 82
+QUALITIES = (82, 65, 45, 25)
+ROOM = 45_000  # bytes of a photograph, for which quality is given up
 
 
 def fixed(values: Float[Tensor, "*rows width"], size: int) -> dict[str, Any]:
@@ -62,7 +63,18 @@ def picture(photograph: Image.Image) -> str:
     """A photograph as an address that holds it: small ones as they are, others made smaller."""
     small = photograph.convert("RGB")
     small.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    if max(photograph.size) <= SMALL:
+        kind, written = "png", _written(small, "png")
+    else:
+        kind = "jpeg"
+        for quality in QUALITIES:
+            written = _written(small, kind, quality=quality, optimize=True)
+            if len(written) <= ROOM:
+                break
+    return f"data:image/{kind};base64,{base64.b64encode(written).decode()}"
+
+
+def _written(image: Image.Image, kind: str, **options: Any) -> bytes:
     out = io.BytesIO()
-    kind = "png" if max(photograph.size) <= SMALL else "jpeg"
-    small.save(out, kind, **({} if kind == "png" else {"quality": QUALITY, "optimize": True}))
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    image.save(out, kind, **options)
+    return out.getvalue()

@@ -233,13 +233,13 @@
       };
       for (let number = 0; number < heads; number++) put((one) => one.kind === "head" && one.head === number);
       for (const kind of kinds) put((one) => one.kind === kind);
-      row.append(make("td", { className: "sum" }, lane({ layer })));
+      row.append(make("td", { className: "sum" }, make("span", { className: "number" }), lane({ layer })));
       $("grid").tBodies[0].append(row);
     }
     const first = $("grid").querySelector(".cell");
     if (first) first.tabIndex = 0;
     $("grid-scroll").hidden = !layers.length;
-    $("grid").style.minWidth = `${4 + 2.1 * (heads + kinds.length)}rem`; // beyond it, the grid is moved under the eye
+    $("grid").style.minWidth = `${7 + 2.1 * (heads + kinds.length)}rem`; // beyond it, the grid is moved under the eye
     const constants = all((one) => one.kind === "constant");
     const others = all((one, number) => one.kind !== "constant" && !placed.has(number));
     const named = (number) => { const made = cell(number); made.tabIndex = 0; made.dataset.named = ""; return made; };
@@ -361,7 +361,7 @@
     const sums = lanes.map((element) => all((one) => one.layer === Number(element.dataset.layer) && one.kind !== "constant").reduce((sum, number) => sum + values[number], 0));
     lanes.forEach((element, place) => {
       paintLane(element, sums[place], most(sums));
-      element.title = signed(sums[place]);
+      write(element.previousElementSibling, signed(sums[place]));
       element.dataset.sum = String(sums[place]);
     });
     const constants = all((one) => one.kind === "constant");
@@ -376,6 +376,10 @@
     return candidates.sort((one, other) => Math.abs(score(other, answer)) - Math.abs(score(one, answer))).slice(0, STRONGEST);
   }
   const NONE = "Does not vary, or no words were read.";
+  function chanceOf(number) {
+    const chance = words.chance[components[number].label];
+    return `A text drawn at random would come again in ${chance < 0.01 ? "less than 1\u00a0%" : percent(chance)}.`;
+  }
   function wordsOf(number) {
     return (words.said[components[number].label] || []).map(([text, share, again]) => ({ text: words.texts[text], share, again }));
   }
@@ -428,10 +432,16 @@
   }
   function split(component, answer, value, held) {
     const { maps } = images[state.image];
-    if (held !== null) return `from patches ${signed(held)}, elsewhere ${signed(value - held)}`;
+    if (held !== null) return `from patches ${signed(held)}, elsewhere ${signed(value - held)}${component === null ? unshown(answer) : ""}`;
     if (!maps.answers.includes(answer)) return "No heatmaps were sent for this answer.";
     if (maps.reading.includes(component)) return "Too weak for a heatmap of its own; the map of all holds it.";
     return "Reads no patch here: from prefix tokens, or from no token.";
+  }
+  /** Which of those that are off still are in the map of all: they are only known together with others. */
+  function unshown(answer) {
+    const { maps } = images[state.image], own = maps.components[maps.answers.indexOf(answer)];
+    const still = maps.reading.filter((one) => state.off.has(one) && !own.includes(one)).length;
+    return still ? `; the map still holds ${still} weak one${still === 1 ? "" : "s"} that ${still === 1 ? "is" : "are"} off` : "";
   }
   function describe(component, answer, map) {
     const what = `${component === null ? "all components" : brief(components[component].label)} for ${brief(answers[answer][0])}`;
@@ -473,7 +483,8 @@
     $("card-on").checked = state.off.has(number);
     const said = wordsOf(number);
     $("card-words").replaceChildren(...said.map(({ text, share: explains, again }) => make("li", { className: again < 0.5 ? "shaky" : "" }, told(text), make("span", { className: "quiet", textContent: percent(explains) }), make("span", { className: "quiet", textContent: `again ${percent(again)}` }))));
-    if (!said.length) $("card-words").append(make("li", { className: "quiet", textContent: components[number].kind === "constant" ? "No words: a constant does not vary." : words.texts.length ? NONE : words.about }));
+    if (said.length) $("card-words").append(make("li", { className: "chance quiet", textContent: chanceOf(number) }));
+    else $("card-words").append(make("li", { className: "quiet", textContent: components[number].kind === "constant" ? "No words: a constant does not vary." : words.texts.length ? NONE : words.about }));
   }
 
   function updateTables() {

@@ -44,7 +44,9 @@ def _dino() -> nn.Module:
 
     Without labels, shapes are what is learned last; such a stem sees edges from the start (arXiv 2106.14881).
     """
-    stem = ConvStem(channels=(24, 48, 64), stride=(2, 2, 2), kernel_size=(3, 3, 3), padding=(1, 1, 1), act_layer=nn.GELU)
+    stem = ConvStem(
+        channels=(24, 48, 64), stride=(2, 2, 2), kernel_size=(3, 3, 3), padding=(1, 1, 1), act_layer=nn.GELU
+    )
     patches = partial(HybridEmbed, backbone=stem, proj=False)
     # The stem halves three times: its pixels are the patches, of 8 × 8 in the image.
     return VisionTransformer(**{**COLUMN, "num_classes": 0, "patch_size": 1}, embed_layer=patches)
