@@ -8,6 +8,10 @@ With a ViT-Tiny of ImageNet and photographs. The classifier's directions are the
 ``vit_tiny_patch16_224.safetensors`` and ``imagenet/*.jpg``::
 
     python examples/read_real_heads.py --real FOLDER
+
+With a pretrained CLIP of open_clip and any folder of photographs, in the short descriptions of this package::
+
+    python examples/read_real_heads.py --clip ViT-B-16 --pretrained laion2b_s34b_b88k --photographs FOLDER
 """
 
 import argparse
@@ -58,16 +62,41 @@ def of_photographs(folder: Path) -> tuple[Decomposition, TextBank, int]:
     return Decomposition.cat(pieces), bank, 64
 
 
+def of_a_clip(name: str, pretrained: str | None, folder: Path) -> tuple[Decomposition, TextBank, int]:
+    """Heads of a CLIP's image tower on photographs, and short descriptions."""
+    import open_clip
+
+    from vitdecomp_lens.clip.banks import general
+
+    clip = open_clip.create_model(name, pretrained=pretrained).eval()
+    model, bank = HookedViT(clip), TextBank.from_open_clip(clip, general()).centred()
+    photographs = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    pieces = [
+        decompose(model, model.preprocess(photographs[first : first + AT_ONCE]), by="head").select(kind="head")
+        for first in range(0, len(photographs), AT_ONCE)
+    ]
+    return Decomposition.cat(pieces), bank, 64
+
+
+def read(options: argparse.Namespace) -> tuple[Decomposition, TextBank, int]:
+    """What is asked for: contributions, texts, and the rank to read at."""
+    if options.real is not None:
+        return of_photographs(options.real)
+    if options.clip is not None:
+        return of_a_clip(options.clip, options.pretrained, options.photographs)
+    return of_scenes(options.images)
+
+
 def table(parts: Decomposition, bank: TextBank, rank: int, options: argparse.Namespace, variant: str) -> str:
     """A row for each head: its texts, what they explain, how often they are chosen again, and a second bank.
 
     The second bank is the half of the texts that the first one does not have: the overlap of what two such banks'
     texts span, and in brackets that of as many directions drawn at random within the head's own.
     """
-    read = partial(text_span, steps=options.steps, rank=rank, variant=variant)
-    again = label_stability(parts, bank, read, resamples=options.resamples)
+    reading = partial(text_span, steps=options.steps, rank=rank, variant=variant)
+    again = label_stability(parts, bank, reading, resamples=options.resamples)
     one, other = bank.select(bank.texts[::2]), bank.select(bank.texts[1::2])
-    banks = bank_stability(parts, one, other, read)
+    banks = bank_stability(parts, one, other, reading)
     low, high = again.jaccard_interval()
     lines = [
         f"| head | first {options.show} of {options.steps} texts, and how often each is chosen again | explained |"
@@ -96,7 +125,12 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=10, help="texts a head (10)")
     parser.add_argument("--show", type=int, default=3, help="of which so many are shown (3)")
     parser.add_argument("--resamples", type=int, default=20)
-    options, _ = parser.parse_known_args()
+    parser.add_argument("--clip", help="a CLIP of open_clip, such as ViT-B-16")
+    parser.add_argument("--pretrained", metavar="TAG", help="its weights")
+    parser.add_argument("--photographs", type=Path, metavar="FOLDER", help="for --clip")
+    options = parser.parse_args()
+    if (options.clip is None) != (options.photographs is None):
+        parser.error("--clip and --photographs go together")
     with torch.no_grad():
-        parts, bank, rank = of_scenes(options.images) if options.real is None else of_photographs(options.real)
+        parts, bank, rank = read(options)
         print("\n\n".join(table(parts, bank, rank, options, variant) for variant in VARIANTS))

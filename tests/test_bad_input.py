@@ -94,7 +94,8 @@ def test_bad_directions_are_refused(case, function):
 
 
 def test_unknown_options_are_refused():
-    with as_users_run_it(), pytest.raises(InputError, match=r"by= must be 'layer', 'head' or 'neuron'; got 'heads'\."):
+    message = r"by= must be 'layer', 'head', 'neuron' or 'latent'; got 'heads'\."
+    with as_users_run_it(), pytest.raises(InputError, match=message):
         decompose(model(), IMAGES, by="heads")
     message = r"of= must be .* or a function; got 'hook_represent': did you mean 'hook_representation'"
     with pytest.raises(UnknownNameError, match=message):

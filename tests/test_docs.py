@@ -1,13 +1,15 @@
 """The documentation is true: its code runs, and it names every public name."""
 
 import re
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import vitdecomp_lens
+from vitdecomp_lens.frozen.adjoints import ADJOINTS
+from vitdecomp_lens.frozen.rules import RULES
+from vitdecomp_lens.hooked import registry
 
 ROOT = Path(vitdecomp_lens.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,25 +29,28 @@ MODULES = (
     "testbed.planted",
     "viz",
 )
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
+@pytest.fixture
+def registers_of_a_page():
+    """What a page registers ends with it: other tests know models and operations without."""
+    before = [(register, set(register)) for register in (RULES, ADJOINTS, registry._ADAPTERS)]
+    yield
+    for register, known in before:
+        for name in register.keys() - known - registry._BUILT_IN.keys():
+            del register[name]
+
+
+@pytest.mark.usefixtures("registers_of_a_page")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_every_block_of_python_on_a_page_runs(page):
     names = {}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_every_example_runs(example, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(example)])
-    exec(compile(example.read_text(), str(example), "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out
 
 
 def test_every_public_name_is_in_the_reference():

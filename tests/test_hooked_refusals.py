@@ -158,7 +158,7 @@ def test_a_class_has_one_adapter():
         register_adapter("timm.models.vision_transformer:VisionTransformer")(Mine)
     register_adapter("a_package:A")(Mine)
     with pytest.raises(ValueError, match="Mine"):
-        register_adapter("a_package:A")(Mine)
+        register_adapter("a_package:A")(type("Another", (Mine,), {}))
 
 
 # Images ----------------------------------------------------------------------------------------------------

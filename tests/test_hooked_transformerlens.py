@@ -73,8 +73,9 @@ def test_configuration_is_read_off_the_modules(model):
     assert HookedViT(TINY_MODELS["open_clip_whole"]()).cfg.act_fn == "quickgelu"
 
 
-def test_class_directions_are_the_classifiers_rows(model):
-    assert torch.equal(model.tokens_to_residual_directions(torch.tensor([3, 1])), model.original.head.weight[[3, 1]])
+def test_class_directions_are_the_classifiers_rows_times_the_final_norms_gain(model):
+    rows = model.original.head.weight[[3, 1]] * model.original.norm.weight
+    assert torch.equal(model.tokens_to_residual_directions(torch.tensor([3, 1])), rows)
     assert model.to_single_token(4) == 4
     with pytest.raises(InputError, match="its representation is its output"):
         _ = HookedViT(TINY_MODELS["no_classifier"]()).W_U

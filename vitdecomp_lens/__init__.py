@@ -6,6 +6,7 @@ from vitdecomp_lens.decompose import attribute, attribute_tokens, decompose
 from vitdecomp_lens.decomposition import Attribution, Coverage, Decomposition
 from vitdecomp_lens.frozen.trace import trace
 from vitdecomp_lens.hooked import HookedViT
+from vitdecomp_lens.second_order import SecondOrder, attribute_second_order, second_order
 from vitdecomp_lens.tokens import TokenAttribution
 from vitdecomp_lens.verify import verify
 
@@ -16,11 +17,14 @@ __all__ = [
     "Decomposable",
     "Decomposition",
     "HookedViT",
+    "SecondOrder",
     "TokenAttribution",
     "TokenGrid",
     "attribute",
+    "attribute_second_order",
     "attribute_tokens",
     "decompose",
+    "second_order",
     "trace",
     "verify",
 ]

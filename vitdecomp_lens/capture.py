@@ -19,7 +19,7 @@ from torch.fx import Node
 from transformer_lens.hook_points import HookPoint
 
 from vitdecomp_lens.errors import InputError
-from vitdecomp_lens.frozen.compiled import CompiledCut, Leaf, in_full_precision
+from vitdecomp_lens.frozen.compiled import Leaf, Reads, in_full_precision
 from vitdecomp_lens.frozen.graph import FrozenGraph
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.frozen.walk import Cut
@@ -77,7 +77,7 @@ def capture(
     images: Float[Tensor, "batch channel height width"],
     points: Mapping[str, HookPoint],
     graph: FrozenGraph,
-    program: CompiledCut,
+    program: Reads,
     reads: Collection[str],
     *,
     changed: Collection[str] = (),
@@ -247,7 +247,7 @@ def _nearest_points(graph: FrozenGraph, nodes: Iterable[Node], hooked: Collectio
     return list(found)
 
 
-def kept_size(graph: FrozenGraph, program: CompiledCut, reads: Iterable[str]) -> int:
+def kept_size(graph: FrozenGraph, program: Reads, reads: Iterable[str]) -> int:
     """How many numbers a run keeps of one image."""
     size = sum(leaf.size for leaf in program.leaves)
     for name in reads:

@@ -4,9 +4,29 @@ A gap of zero alone says little: one source that is all of the representation ha
 other half of the certificate.
 """
 
+import re
 from dataclasses import dataclass
 
+from vitdecomp_lens.components import Component
 from vitdecomp_lens.errors import InputError
+
+BRANCHES = ("attn", "mlp", "conv", "source")
+
+
+def branch_of(component: Component) -> tuple[str, int | None, str | None] | None:
+    """Which branch a component is, as a whole: kind, layer and name; None for what is none, such as constants.
+
+    Latents of a module inside of a branch, or at its end, are that branch.
+
+    >>> branch_of(Component.from_label("mlp.2")), branch_of(Component.from_label("latents@blocks.2.hook_mlp_out"))
+    (('mlp', 2, None), ('mlp', 2, None))
+    """
+    if component.kind in BRANCHES:
+        return component.kind, component.layer, component.name
+    if component.kind == "latent":
+        branch = re.match(r"blocks\.\d+\.(?:hook_)?(attn|mlp|conv)", component.name or "")
+        return None if branch is None else (branch[1], component.layer, None)
+    return None
 
 
 @dataclass(frozen=True)

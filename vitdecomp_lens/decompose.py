@@ -84,7 +84,7 @@ def decompose(
         values, total = values / norm, total / norm
     parts = Decomposition(values, found, total, complete=whole, coverage=request.coverage, metadata=request.metadata)
     parts = parts if components is not None else _without_idle_interventions(parts)
-    return parts.check_gap() if whole and _is_exact(images) else parts
+    return parts.check_gap() if whole and is_exact(images) else parts
 
 
 def attribute(
@@ -144,7 +144,7 @@ def attribute(
         norm = vectors.norm(dim=-1, keepdim=True)
         values, vectors, total = values / norm, vectors / norm, total / norm
     if mapped is not None:
-        if _is_exact(images):
+        if is_exact(images):
             _check_witness(total[:, -1:], vectors, mapped)
         asked = slice(len(directions))
         values, total = values[..., asked].contiguous(), total[:, asked]
@@ -158,7 +158,7 @@ def attribute(
         directions=None if names is None else tuple(names),
     )
     scores = scores if components is not None else _without_idle_interventions(scores)
-    if mapped is None and whole and _is_exact(images):
+    if mapped is None and whole and is_exact(images):
         _check_scores(scores, vectors.norm(dim=-1, keepdim=True), directions)
     return scores
 
@@ -217,9 +217,9 @@ def attribute_tokens(
     scores = maps.result(names)
     if components is None:
         scores = replace(scores, untokened=_without_idle_interventions(scores.untokened))
-    if request.mapped is not None and _is_exact(images):
+    if request.mapped is not None and is_exact(images):
         _check_witness(maps.sums[:, -1:], maps.vectors, request.mapped)
-    elif scores.complete and _is_exact(images):
+    elif scores.complete and is_exact(images):
         _check_scores(scores, maps.vectors.norm(dim=-1, keepdim=True), request.along)
     return scores
 
@@ -299,7 +299,7 @@ def _without_idle_interventions(parts: Any) -> Any:
     return replace(kept, complete=parts.complete)
 
 
-def _is_exact(images: Tensor) -> bool:
+def is_exact(images: Tensor) -> bool:
     """Whether the model runs in a precision in which a gap is an error; in half precision it is only reported."""
     return images.dtype in TOLERANCES and not torch.is_autocast_enabled(images.device.type)
 

@@ -30,7 +30,7 @@ from vitdecomp_lens.gap import accumulator
 from vitdecomp_lens.intervening.edits import editing, joined, listening, reader, refuse_unpassed
 from vitdecomp_lens.intervening.reference import Images as ReferenceImages
 from vitdecomp_lens.intervening.reference import Reference, Replacements, Replacing
-from vitdecomp_lens.intervening.subject import BYS, Spot, Subject
+from vitdecomp_lens.intervening.subject import Spot, Subject
 from vitdecomp_lens.request import MAX_BYTES, refuse_too_large
 
 __all__ = ["Reference", "ablate_run", "ablating", "total_effects"]
@@ -176,7 +176,7 @@ def total_effects(
         names: A name for each direction, or coordinate.
         of: As for `ablate_run`, one vector an image. For what an aligner makes of the run, a function:
             ``of=lambda model, images: decompose(model, images).map(aligner).total``.
-        by: ``"layer"``, ``"head"`` or ``"neuron"``.
+        by: ``"layer"``, ``"head"``, ``"neuron"``, or while a module is spliced ``"latent"``.
         seed: As for `ablate_run`: all components are resampled from the same images.
         batch_size: How many images to run at once; 32 unless said. With ``how="resample"`` the reference's
             values at all components are kept for so many.
@@ -198,9 +198,12 @@ def total_effects(
         >>> effects["L1H0"].shape, effects.metadata["how"]
         (torch.Size([2, 5]), 'zero')
     """
-    if by not in BYS:
-        raise InputError(f"by= must be 'layer', 'head' or 'neuron'; got {by!r}.")
     subject = Subject.of(model, images, components, of)
+    if by not in subject.by:
+        raise InputError(
+            f"by= must be {', '.join(map(repr, subject.by))}; got {by!r}. 'latent' needs a module that stands in the"
+            " model: model.spliced(...)."
+        )
     size = _at_once(batch_size, len(images))
     with _grad_where_needed(images):
         if components is not None:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from vitdecomp_lens.certificate import Cost, CutCheck, GraphParity, HookCheck, Parity
-from vitdecomp_lens.components import By
+from vitdecomp_lens.components import PLAIN
 from vitdecomp_lens.coverage import Coverage
 from vitdecomp_lens.decompose import attribute, attribute_tokens, decompose
 from vitdecomp_lens.errors import CapacityError, VitDecompError
@@ -101,7 +101,7 @@ def cut_checks(
 ) -> tuple[tuple[CutCheck, ...], Coverage | None]:
     """Decompose by every cut, in float32 and float64; the coverage is the lowest of all."""
     spaces = _spaces(single, images[:1])
-    requests = [(by, of, tokens) for of in spaces for by in get_args(By) for tokens in (False, True)]
+    requests = [(by, of, tokens) for of in spaces for by in PLAIN for tokens in (False, True)]
     checks: list[CutCheck] = []
     coverage: Coverage | None = None
     for number, dtype in enumerate(("float32", "float64")):

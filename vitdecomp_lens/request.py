@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitdecomp_lens.capture import Captured, Shelf, capture, changed_on_the_path, kept_size, repeated_error
-from vitdecomp_lens.components import By, Component, Point
-from vitdecomp_lens.coverage import Coverage
+from vitdecomp_lens.components import PLAIN, By, Component, Point
+from vitdecomp_lens.coverage import Coverage, Stop, branch_of
 from vitdecomp_lens.decomposable import Decomposable
 from vitdecomp_lens.decomposition import ComponentMaps, Decomposition, OfOneModel, rows_of_maps
 from vitdecomp_lens.errors import CapacityError, InputError, UnknownNameError, VitDecompWarning, near_matches
 from vitdecomp_lens.foreign import Foreign
-from vitdecomp_lens.frozen.compiled import CompiledCut, OwnDirections, in_full_precision
+from vitdecomp_lens.frozen.compiled import CompiledCut, OwnDirections, Reads, in_full_precision
 from vitdecomp_lens.frozen.fingerprint import fingerprint
 from vitdecomp_lens.frozen.graph import FrozenGraph, wide
 from vitdecomp_lens.frozen.rules import sizes
@@ -26,6 +26,7 @@ from vitdecomp_lens.frozen.slow import ReplayedCut
 from vitdecomp_lens.frozen.trace import Read, reading, trace
 from vitdecomp_lens.frozen.walk import Cut
 from vitdecomp_lens.hooked.checks import check_module
+from vitdecomp_lens.hooked.splicing import splices_of
 from vitdecomp_lens.points import hook_points, is_hooked
 from vitdecomp_lens.traced import Traced, check_any_images
 from vitdecomp_lens.weights import weights_hash
@@ -91,7 +92,8 @@ class Request:
 
     def components_of(self, point: Point) -> tuple[Component, ...]:
         """Which components are read at a point."""
-        if self.tokens and point.axis is not None and point.component.kind == "attn" and self.by != "head":
+        apart = self.by in ("head", "latent")
+        if self.tokens and point.axis is not None and point.component.kind == "attn" and not apart:
             return (point.component,)
         size = 1 if point.axis is None else sizes(self.graph.points[point.hook])[point.axis]
         return point.components(size)
@@ -152,10 +154,18 @@ class Request:
     @property
     def coverage(self) -> Coverage:
         """How many branches are components of their own."""
-        whole = [point.component for point in self.met]
-        found = {(c.kind, c.layer, c.name) for c in whole if c.kind in ("attn", "mlp", "conv", "source")}
+        found = {branch for point in self.met if (branch := branch_of(point.component)) is not None}
         stops = (*self.cut.missing, *self.cut.unknown, *self.model.stops)
-        return Coverage(len(found), self.model.branches, stops)
+        return Coverage(len(found), self.model.branches, (*stops, *self._hidden_by_splices()))
+
+    def _hidden_by_splices(self) -> list[Stop]:
+        """Modules in the stream that is met: nothing behind them writes directly."""
+        whole = [point.component for point in self.met if point.component.kind == "latent"]
+        return [
+            Stop("splice", str(component.name), "latents and error are given, so that nothing behind writes directly")
+            for component in whole
+            if branch_of(component) is None
+        ]
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -163,7 +173,12 @@ class Request:
         of = self.of if isinstance(self.of, str) else getattr(self.of, "__name__", "function")
         named = getattr(self.module, "cfg", None)  # third parties may have none
         model = getattr(named, "model_name", type(self.module).__name__)
-        return {"by": self.by, "of": of, "model": model, "weights": weights_hash(self.module)}
+        asked = {"by": self.by, "of": of, "model": model, "weights": weights_hash(self.module)}
+        spliced = {
+            hook: {"weights": weights_hash(splice.module), "error": splice.hook_error is not None}
+            for hook, splice in splices_of(self.model.hook_dict).items()
+        }
+        return {**asked, "spliced": spliced} if spliced else asked
 
 
 def make_request(
@@ -192,8 +207,13 @@ def make_request(
     Raises:
         VitDecompError: Where something cannot be used; see `vitdecomp_lens.decompose.decompose`.
     """
-    if by not in ("layer", "head", "neuron"):
-        raise InputError(f"by= must be 'layer', 'head' or 'neuron'; got {by!r}.")
+    if by not in (*PLAIN, "latent"):
+        raise InputError(f"by= must be 'layer', 'head', 'neuron' or 'latent'; got {by!r}.")
+    if by == "latent" and not splices_of(hook_points(model)):
+        raise InputError(
+            "by='latent' needs a module whose latents are components, and none stands in this model. Put one in:"
+            " with HookedViT(model).spliced({'blocks.2.hook_mlp_out': autoencoder}) as spliced: decompose(spliced, ...)"
+        )
     if isinstance(model, Decomposable):
         model.check_images(images)
     else:
@@ -214,6 +234,8 @@ def make_request(
         width = sizes(graph.root)[-1] if through is None else _width_behind(through, sizes(graph.root)[-1])
         directions = _checked_directions(directions, width, images, "of=" if through is None else "through=")
     cut = _cut(graph, points)
+    if by == "latent" and cut.complete:
+        _refuse_unread(cut, points)
     changed = changed_on_the_path(graph, cut, subject.hook_dict)
     dtype = wide(images.dtype if directions is None else directions.dtype)
     splits = {p.hook: p.axis for p in points}
@@ -229,6 +251,22 @@ def make_request(
 
 def _cut(graph: FrozenGraph, points: Sequence[Point]) -> Cut:
     return graph.cut([point.hook for point in points if point.hook in graph.points])
+
+
+def _refuse_unread(cut: Cut, points: Sequence[Point]) -> None:
+    """Refuse latents of which none writes directly.
+
+    Raises:
+        InputError: Naming where they are.
+    """
+    latents = [point for point in points if point.component.kind == "latent"]
+    if not any(point.hook in cut.points for point in latents):
+        hooks = ", ".join(dict.fromkeys(str(point.component.name) for point in latents))
+        raise InputError(
+            f"No latent at {hooks} writes directly: other components, a pattern or a nonlinearity lie on every way to"
+            " the output. Splice at the residual stream, at hook_attn_out, hook_mlp_out, hook_z or hook_post; total"
+            " effects are had by ablate_run."
+        )
 
 
 def _described(
@@ -437,6 +475,7 @@ def on_pieces(
     at_once: Mapping[str, Callable[[slice, Tensor], None]] | None = None,
     *,
     batch_size: int | None,
+    program: Reads | None = None,
 ) -> list[T]:
     """Run the model on pieces of the batch, and use what each leaves; none of it outlives its use.
 
@@ -447,8 +486,9 @@ def on_pieces(
         at_once: What to do during the run with what is read at some of the points, in place of keeping it; gets which
             images the piece has.
         batch_size: How many images a piece has; by default as many as keep little.
+        program: What is kept; by default what the request's cut reads.
     """
-    images, model, graph, program = request.images, request.model, request.graph, request.program
+    images, model, graph, program = request.images, request.model, request.graph, program or request.program
     at_once = at_once or {}
     kept = {*reads, *request.changed} - at_once.keys()
     size = kept_size(graph, program, kept)

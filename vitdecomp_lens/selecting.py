@@ -5,6 +5,7 @@ The functions look at components alone, so that they serve values of any layout.
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from vitdecomp_lens.components import Component
 from vitdecomp_lens.errors import InputError, UnknownNameError, near_matches
 
+AT_HOOKS = ("intervention", "latent", "error")  # whose names are those of hooks
 Numbers = int | Collection[int]
 Names = str | Collection[str]
 if TYPE_CHECKING:
@@ -127,9 +129,9 @@ def grouped(components: Sequence[Component], by: Literal["layer", "kind"]) -> di
 
     Args:
         components: The rows' components.
-        by: ``"layer"`` sums the heads of a layer into ``attn.L``, its neurons into ``mlp.L``, and leaves the rest;
-            ``"kind"`` makes one component of each kind, labelled with the kind (``intervention@all`` for
-            interventions).
+        by: ``"layer"`` sums the heads of a layer into ``attn.L``, its neurons into ``mlp.L``, the latents of a spliced
+            module into ``latents@hook``, and leaves the rest; ``"kind"`` makes one component of each kind, labelled
+            with the kind (``intervention@all``, ``latents@all`` and ``error@all`` for what was put in at hooks).
     """
     if by not in ("layer", "kind"):
         raise InputError(f"Expected by='layer' or by='kind'; got by={by!r}.")
@@ -144,7 +146,7 @@ def _of_layer(component: Component) -> Component:
         return Component(kind="attn", layer=component.layer, name=component.name)
     if component.kind == "neuron":
         return Component(kind="mlp", layer=component.layer, name=component.name)
-    return component
+    return replace(component, latent=None)
 
 
 def _of_kind(component: Component) -> Component:
@@ -153,7 +155,7 @@ def _of_kind(component: Component) -> Component:
         return Component(kind="attn", name="head")
     if component.kind == "neuron":
         return Component(kind="mlp", name="neuron")
-    return Component(kind=component.kind, name="all" if component.kind == "intervention" else None)
+    return Component(kind=component.kind, name="all" if component.kind in AT_HOOKS else None)
 
 
 def taken(values: Tensor, rows: Sequence[int], axis: int = 0) -> Tensor:

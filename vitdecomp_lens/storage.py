@@ -148,7 +148,7 @@ def damaged(path: str | os.PathLike[str], kind: str, what: str, again: str = AGA
 
 
 def pack_components(components: Iterable[Component]) -> list[list[Any]]:
-    """Components as JSON: kind, layer, head, neuron and name of each. A label alone would lose some of it."""
+    """Components as JSON: kind, layer, head, neuron, name and latent of each. A label alone would lose some of it."""
     return [list(astuple(component)) for component in components]
 
 

@@ -79,35 +79,18 @@ def in_full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-class CompiledCut(ABC):
-    """From the values at the points of a cut to their contributions along given directions.
+class Reads(ABC):
+    """What has to be kept of a run.
 
     Attributes:
-        points: Names of the points that are read.
-        leaves: What `weights` needs.
-        constants: Names of what no image changes, each once.
-        directions: How many directions are read.
-        outside: With directions of components' own: the constants and points that are met before any of these.
+        leaves: What the frozen map is computed from.
         dtype: In which contributions are computed: at least float32.
         device: Where.
     """
 
-    points: tuple[str, ...]
     leaves: Sequence[Leaf]
-    constants: tuple[str, ...]
-    directions: int
-    outside: frozenset[str] = frozenset()
     dtype: torch.dtype
     device: torch.device
-
-    @abstractmethod
-    def along(self, own: OwnDirections) -> "CompiledCut":
-        """The same cut, read along directions of each component's own. Only of one that reads whole vectors.
-
-        Raises:
-            NoFastPathError: As `compile_cut`.
-            CapacityError: As `compile_cut`.
-        """
 
     @abstractmethod
     def kept_rows(self, point: str) -> tuple[int, int, int] | None:
@@ -121,6 +104,31 @@ class CompiledCut(ABC):
     def keep(self, point: str, value: Tensor) -> Tensor:
         """A copy of that part: the rest is freed, and a later hook may write in place."""
         return self.part(point, value).clone()
+
+
+class CompiledCut(Reads):
+    """From the values at the points of a cut to their contributions along given directions.
+
+    Attributes:
+        points: Names of the points that are read.
+        constants: Names of what no image changes, each once.
+        directions: How many directions are read.
+        outside: With directions of components' own: the constants and points that are met before any of these.
+    """
+
+    points: tuple[str, ...]
+    constants: tuple[str, ...]
+    directions: int
+    outside: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def along(self, own: OwnDirections) -> "CompiledCut":
+        """The same cut, read along directions of each component's own. Only of one that reads whole vectors.
+
+        Raises:
+            NoFastPathError: As `compile_cut`.
+            CapacityError: As `compile_cut`.
+        """
 
     @property
     def summed_first(self) -> frozenset[str]:
@@ -182,6 +190,18 @@ class CompiledCut(ABC):
             out: Where to write; its number of tokens is that of the point's value.
             token_axis: The first axis of the point's value that runs over tokens.
         """
+
+    def together_by_token(
+        self, point: str, kept: Tensor, weights: Any, shape: tuple[int, int, int, int], *, token_axis: int = 1
+    ) -> Float[Tensor, "batch token direction"]:
+        """What `by_token` writes into an ``out`` of a shape, summed over the point's parts."""
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.by_token(point, kept, weights, out, token_axis=token_axis)
+        return out.sum(0)
+
+    def runs_over_tokens(self, point: str, axis: int) -> bool:
+        """Whether an axis of a point's value can be told apart by token: not where a branch has mixed tokens."""
+        return True
 
     def weighs_last(self, point: str) -> bool:
         """Whether `by_token` of a point is `unweighted`, which needs its value only, and then `weigh`."""

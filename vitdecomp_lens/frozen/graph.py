@@ -16,6 +16,7 @@ from vitdecomp_lens.errors import CapacityError, IncompleteCutError, UnknownName
 from vitdecomp_lens.frozen.branches import Branches, find_branches
 from vitdecomp_lens.frozen.compiled import CompiledCut, in_full_precision
 from vitdecomp_lens.frozen.fingerprint import fingerprint
+from vitdecomp_lens.frozen.hops import Carrier, Hops, compile_hops
 from vitdecomp_lens.frozen.pairs import NoFastPathError
 from vitdecomp_lens.frozen.program import compile_cut
 from vitdecomp_lens.frozen.replay import replayed
@@ -72,13 +73,13 @@ class FrozenGraph:
 
     def __post_init__(self) -> None:
         known = self.parameters.keys() | self.constants.keys()
-        self.images = next(n for n in self.nodes if n.op == "placeholder" and n.name not in known)
+        self.images: Node = next(n for n in self.nodes if n.op == "placeholder" and n.name not in known)
         tagged = [(str(n.args[1]), n) for n in self.nodes if operation(n) == TAG]
-        self.points = {**dict(tagged), **self.named}
-        self.repeated = next((name for name, node in tagged if dict(tagged)[name] is not node), None)
+        self.points: dict[str, Node] = {**dict(tagged), **self.named}
+        self.repeated: str | None = next((name for name, node in tagged if dict(tagged)[name] is not node), None)
         self._order = {node: number for number, node in enumerate(self.nodes)}
-        self.from_images = self._depending_on({self.images})
-        self.live = self._depending_on({self.images, *(self.points[name] for name in self.hooked)})
+        self.from_images: frozenset[Node] = self._depending_on({self.images})
+        self.live: frozenset[Node] = self._depending_on({self.images, *(self.points[name] for name in self.hooked)})
 
     def _depending_on(self, found: set[Node]) -> frozenset[Node]:
         for node in self.nodes:
@@ -247,8 +248,7 @@ class FrozenGraph:
         kept = self._programs.get(key)
         if kept is None or not kept.holds(self, directions):
             kept = self._programs[key] = self._compile(cut, splits, through, directions, dtype)
-            while len(self._programs) > MOST_PROGRAMS:
-                self._programs.pop(next(iter(self._programs)))
+            self._forget_old()
         return kept.program
 
     def _compile(
@@ -259,20 +259,8 @@ class FrozenGraph:
         directions: Tensor | None,
         dtype: torch.dtype,
     ) -> "_Compiled":
-        weights: dict[Node, None] = {}
-
-        def value_of(node: Node) -> Tensor:
-            weights.update(dict.fromkeys(self._behind(node)))
-            return self._constant(node, read)
-
+        read, weights, value_of = self._reading(directions, dtype)
         val = self.images.meta["val"]
-        read = (
-            torch.eye(sizes(self.root)[-1], dtype=dtype, device=val.device)
-            if directions is None
-            else directions.to(dtype)
-        )
-        with torch.inference_mode(False):  # what is compiled in inference mode serves outside of it too
-            read = read.detach().clone()
         met = set(cut.order)
         nodes = {name: self.points[name] for name in through if self.points[name] in met}
         program: CompiledCut
@@ -293,6 +281,86 @@ class FrozenGraph:
             program = ReplayedCut(cut, splits=splits, through=nodes, directions=read, live=self.live)
         state = self._state(list(weights))
         return _Compiled(program, list(weights), state, None if directions is None else directions.detach().clone())
+
+    def _reading(
+        self, directions: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, dict[Node, None], Callable[[Node], Tensor]]:
+        """What is read at the output; the weights that are used, filled in by what gives constants their values."""
+        weights: dict[Node, None] = {}
+
+        def value_of(node: Node) -> Tensor:
+            weights.update(dict.fromkeys(self._behind(node)))
+            return self._constant(node, read)
+
+        read = (
+            torch.eye(sizes(self.root)[-1], dtype=dtype, device=self.images.meta["val"].device)
+            if directions is None
+            else directions.to(dtype)
+        )
+        with torch.inference_mode(False):  # what is compiled in inference mode serves outside of it too
+            read = read.detach().clone()
+        return read, weights, value_of
+
+    def hops(
+        self,
+        cut: Cut,
+        carriers: Sequence[Carrier],
+        *,
+        components: Sequence[str],
+        splits: Mapping[str, int | None],
+        changed: Sequence[str] = (),
+        directions: Float[Tensor, "direction d_rep"] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Hops:
+        """What goes through carriers, compiled; kept as `program` keeps a cut.
+
+        Args:
+            cut: A complete cut that goes on through the carriers' attentions.
+            carriers: The values that are passed through.
+            components: The points that are read behind them.
+            splits: Axis of a point's value along which components lie.
+            changed: Hook points behind them that are read too although the walk passes them.
+            directions: What to read; without them, whole vectors.
+            dtype: In what to compute.
+
+        Raises:
+            IncompleteCutError: If the output is not affine in the points of the cut.
+            NoFastPathError: If pairs cannot pass an operation.
+            CapacityError: If there would be too many pairs.
+        """
+        check_complete(cut)
+        shape = None if directions is None else tuple(directions.shape)
+        key = (Hops, tuple(carriers), tuple(components), tuple(splits.items()), tuple(changed), dtype, shape)
+        kept = self._programs.get(key)
+        if kept is None or not kept.holds(self, directions):
+            read, weights, value_of = self._reading(directions, dtype)
+            met = set(cut.order)
+            nodes = [
+                {name: self.points[name] for name in names if self.points[name] in met}
+                for names in (components, changed, dict.fromkeys(carrier.hook for carrier in carriers))
+            ]
+            device = read.device.type
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+                hops = compile_hops(
+                    cut,
+                    carriers,
+                    components=nodes[0],
+                    splits=splits,
+                    values=nodes[2],
+                    changed=nodes[1],
+                    directions=read,
+                    live=self.live,
+                    value_of=value_of,
+                    name_of=self.constant_name,
+                )
+            directions = None if directions is None else directions.detach().clone()
+            kept = self._programs[key] = _Compiled(hops, list(weights), self._state(list(weights)), directions)
+            self._forget_old()
+        return kept.program
+
+    def _forget_old(self) -> None:
+        while len(self._programs) > MOST_PROGRAMS:
+            self._programs.pop(next(iter(self._programs)))
 
     def _behind(self, node: Node) -> list[Node]:
         found, ahead = [], [node]
@@ -354,7 +422,7 @@ class FrozenGraph:
 
 @dataclass
 class _Compiled:
-    program: CompiledCut
+    program: Any  # a compiled cut, or what goes through values
     weights: list[Node]
     state: tuple[Any, ...]
     directions: Tensor | None

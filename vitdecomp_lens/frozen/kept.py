@@ -67,12 +67,13 @@ def state_of(module: nn.Module) -> list[Any]:
     ahead, seen = [module], {module}
     while ahead:  # as modules() does, without their names: this runs at every request
         child = ahead.pop()
+        if child._modules:  # of a hook point, what stands there
+            found += child._modules.values()  # where a module is used once more, too
+            new = {m: None for m in child._modules.values() if m is not None and m not in seen}
+            seen.update(new)
+            ahead += new
         if isinstance(child, HookPoint):
             continue
-        found += child._modules.values()  # where a module is used once more, too
-        new = {m: None for m in child._modules.values() if m is not None and m not in seen}
-        seen.update(new)
-        ahead += new
         for name, value in child.__dict__.items():
             if name in _STEERS_NOTHING:  # nearly all names do
                 continue

@@ -218,6 +218,29 @@ class Program(CompiledCut):
                 _write(target, x * pair.unsqueeze(-1), maps, onto=written)
                 written = True
 
+    def together_by_token(
+        self,
+        point: str,
+        kept: Tensor,
+        weights: Mapping[int, Tensor],
+        shape: tuple[int, int, int, int],
+        *,
+        token_axis: int = 1,
+    ) -> Float[Tensor, "batch token direction"]:
+        """The same summed over parts: one product over parts and channels at once."""
+        out = torch.zeros(1, *shape[1:], dtype=self.dtype, device=self.device)
+        target = self._read_part(point, out)[0]
+        for term in self.terms[point]:
+            x = _laid_out(term, kept.to(self.tape.dtype), shape[1])
+            a = _weights_of(term, weights[term.weights], self.kept_rows(point), shape[1])
+            for pair, maps in zip(a, term.maps.unflatten(1, (term.rank, -1)).unbind(1), strict=True):
+                target += (x * pair.unsqueeze(-1)).flatten(2) @ maps.flatten(0, 1)
+        return out[0]
+
+    def runs_over_tokens(self, point: str, axis: int) -> bool:
+        """Whether all A at a point own the axis."""
+        return all(axis in term.a_dims for term in self.terms[point])
+
     def weighs_last(self, point: str) -> bool:
         """With one pair, (A X) M is A (X M)."""
         return [term.rank for term in self.terms[point]] == [1]
@@ -280,7 +303,7 @@ def _weights_of(
     return a.reshape(term.rank, batch, -1, a.shape[len(order) :].numel())
 
 
-_LaidOut = dict[tuple[object, ...], tuple[int, Tensor, Tensor]]
+LaidOut = dict[tuple[object, ...], tuple[int, Tensor, Tensor]]
 
 
 # --- compiling ------------------------------------------------------------------------------------------------
@@ -325,10 +348,10 @@ def compile_cut(
     )
     tape = Tape(directions.dtype, directions.device)
     on = Adjoint(tape, live, value_of, name_of)
-    at: _At = {(cut.root, own is None): [_start(cut.root, tape, directions)]}
+    at: _At = {(cut.root, own is None): [start(cut.root, tape, directions)]}
     reads = {node: name for name, node in {**cut.points, **through}.items()}
     terms: dict[str, list[Term]] = {}
-    laid_out: _LaidOut = {}
+    laid_out: LaidOut = {}
     outside: set[str] = set()
     for node in cut.order:
         whole, arrived = _arrived(node, at, tape, own)
@@ -336,11 +359,11 @@ def compile_cut(
             name = reads[node]
             outside.update([name] if whole else [])
             read = [_along(pairs, own.of(name)) for pairs in whole if own is not None] + arrived
-            terms[name] = [_term(node, pairs, splits.get(name), tape, laid_out) for pairs in read]
+            terms[name] = [term_of(node, pairs, splits.get(name), tape, laid_out) for pairs in read]
         if node not in cut.through:
             continue
         check_rank(sum(pairs.rank for pairs in (*whole, *arrived)))
-        check_bytes(_size([pairs.maps for pairs in (*whole, *arrived)], laid_out), "maps")
+        check_bytes(size_of([pairs.maps for pairs in (*whole, *arrived)], laid_out), "maps")
         _pass(node, arrived, True, at, on)
         met = len(on.shifts)
         _pass(node, whole, False, at, on)
@@ -352,7 +375,7 @@ def compile_cut(
         for node, name in reads.items()
         if name in terms
     }
-    shifts = [_shifted(shift.name, shift.pairs, shift.value, tape) for shift in on.shifts]
+    shifts = [shifted_by(shift.name, shift.pairs, shift.value, tape) for shift in on.shifts]
     terms = {name: terms[name] for name in splits if name in terms}
     count = len(directions) if own is None else len(own)
     return Program(terms, parts, shifts, tape, count, frozenset(outside), again)
@@ -381,7 +404,7 @@ def _pass(node: Node, arrived: Iterable[Pairs], along: bool, at: _At, on: Adjoin
     for pairs in arrived:
         for source, passed in pass_back(node, pairs, on):
             if source in on.live:
-                _merge(at.setdefault((source, along), []), passed, on.tape)
+                merge(at.setdefault((source, along), []), passed, on.tape)
             else:  # a constant that a hook may change
                 on.constant(on.name_of(source), source, passed, on.value(source))
 
@@ -400,12 +423,12 @@ def _along(pairs: Pairs, own: Float[Tensor, "part direction d_rep"], split: int 
     return replace(pairs, maps=maps, owners=tuple(owners))
 
 
-def _size(arrived: Iterable[Tensor], laid_out: _LaidOut) -> int:
+def size_of(arrived: Iterable[Tensor], laid_out: LaidOut) -> int:
     """How many bytes maps take."""
     return sum(m.numel() * m.element_size() for m in [*arrived, *(maps for _, _, maps in laid_out.values())])
 
 
-def _start(root: Node, tape: Tape, directions: Float[Tensor, "direction d_rep"]) -> Pairs:
+def start(root: Node, tape: Tape, directions: Float[Tensor, "direction d_rep"]) -> Pairs:
     """One pair at the output ``[batch, 1, ..., d_rep]``: A is one, M the directions."""
     shape = sizes(root)
     between = (1,) * (len(shape) - 1)
@@ -414,7 +437,7 @@ def _start(root: Node, tape: Tape, directions: Float[Tensor, "direction d_rep"])
     return Pairs(tape.start(shape[0], len(shape)), maps, (*owners, "M"))
 
 
-def _merge(known: list[Pairs], pairs: Pairs, tape: Tape) -> None:
+def merge(known: list[Pairs], pairs: Pairs, tape: Tape) -> None:
     """Pairs that share M become one by adding their A."""
     for place, other in enumerate(known):
         if other.key == pairs.key:
@@ -424,7 +447,8 @@ def _merge(known: list[Pairs], pairs: Pairs, tape: Tape) -> None:
     known.append(pairs)
 
 
-def _term(node: Node, pairs: Pairs, split: int | None, tape: Tape, laid_out: _LaidOut) -> Term:
+def term_of(node: Node, pairs: Pairs, split: int | None, tape: Tape, laid_out: LaidOut) -> Term:
+    """Pairs at a point, laid out for the products of a call; those with the same maps share them."""
     dims = len(pairs.owners)
     split = None if split is None else split % dims
     for dim, owner in enumerate(pairs.owners):
@@ -466,7 +490,8 @@ def _rows(a: Tensor, batch: int, a_dims: Sequence[int], shape: tuple[int, ...]) 
     return (dim, first, count) if 2 * count <= shape[dim] else None
 
 
-def _shifted(name: str, pairs: Pairs, value: Tensor, tape: Tape) -> Shifted:
+def shifted_by(name: str, pairs: Pairs, value: Tensor, tape: Tape) -> Shifted:
+    """What a constant writes by the pairs at the node where it is added, but for A."""
     written = _summed_over_channels(pairs, value)
     if all(size == 1 for size in written.shape[2:]):
         return Shifted(name, pairs.weights, written.flatten(2), False, pairs.batch)

@@ -10,12 +10,31 @@ from transformer_lens.hook_points import HookPoint
 from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.hooked.attention import HookedAttention
 from vitdecomp_lens.hooked.clone import adopt_hooks
-from vitdecomp_lens.hooked.hook_points import CopyingHookPoint, fire, swap_tokens_first
+from vitdecomp_lens.hooked.hook_points import CopyingHookPoint, any_hooked, fire, swap_tokens_first
 from vitdecomp_lens.hooked.mlp import HookedMLP
 from vitdecomp_lens.hooked.norms import HookedNorm
-from vitdecomp_lens.points import is_hooked
 
 SPLIT_HOOKS = ("hook_q_input", "hook_k_input", "hook_v_input")
+MLP_INPUT = "hook_mlp_in"
+PARAMETERS = tuple(
+    f"{letter}_{name}" for name in ("Q", "K", "V", "O", "in", "gate", "out") for letter in "Wb"
+)  # as TransformerLens names weights
+
+
+def not_one(what: str) -> property:
+    """Stand in for ``attn`` or ``mlp`` in blocks that have none or several: tools take there to be one.
+
+    Args:
+        what: What there is instead.
+    """
+
+    def explain(block: nn.Module) -> None:
+        raise InputError(
+            f"Tools that take each block for one attention and one MLP do not fit this model: a {type(block).__name__} "
+            f"has {what}. decompose and attribute have all of them; hooks on what list(model.hook_dict) names work."
+        )
+
+    return property(explain)
 
 
 class HookedBlock(nn.Module, ABC):
@@ -29,11 +48,32 @@ class HookedBlock(nn.Module, ABC):
     hook_resid_post: HookPoint
     hook_attn_out: HookPoint
     hook_mlp_out: HookPoint
+    hook_out_is_single_residual_stream = True  # TransformerLens' logit lens asks
 
     def __init__(self, core: nn.Module) -> None:
         super().__init__()
         self.hook_resid_pre = CopyingHookPoint()
         adopt_hooks(self, core)
+
+    @property
+    def outputs_add_up(self) -> bool:
+        """Whether heads and neurons, times output weights, are what is added: no norm stands behind them."""
+        tails = [attn.tail for attn in self.attentions.values()] + [mlp.tail for mlp in self.mlps_by_name.values()]
+        return all(tail.folds for tail in tails)
+
+    @property
+    def submodules(self) -> None:
+        """What TransformerLens asks for before it takes heads for writers of the stream: nothing, or why they are not.
+
+        Raises:
+            InputError: If a norm stands between heads and stream.
+        """
+        if not self.outputs_add_up:
+            raise InputError(
+                f"In a {type(self).__name__} of this model a norm stands between the heads and the residual stream, so "
+                f"that z @ W_O is not what a head adds. decompose(model, images, by='head') freezes that norm at each "
+                f"image, and is exact; patching at hook_z works, too."
+            )
 
     @property
     @abstractmethod
@@ -49,6 +89,18 @@ class HookedBlock(nn.Module, ABC):
     def has_convolution(self) -> bool:
         """Whether a convolution adds to the stream, at ``hook_conv_out``."""
         return False
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of its attentions, MLPs and norms, live, by the names that TransformerLens has for them."""
+        found = {}
+        for path, part in {**self.attentions, **self.mlps_by_name}.items():
+            for name in PARAMETERS:
+                if isinstance(getattr(type(part), name, None), property):
+                    found[f"{path}.{name}"] = getattr(part, name)
+        for name, norm in self.named_children():
+            if isinstance(norm, HookedNorm):
+                found |= {f"{name}.{key}": value for key, value in (("w", norm.w), ("b", norm.b)) if value is not None}
+        return found
 
     def padding(self, rows: int, columns: int) -> int:
         """How many tokens of padding the attention sees, before those of a grid: none, unless overridden."""
@@ -67,6 +119,13 @@ class HookedBlock(nn.Module, ABC):
         raise InputError(
             f"Separate inputs for queries, keys and values exist only in blocks with one attention after a "
             f"norm; this model has {type(self).__name__}s."
+        )
+
+    def use_mlp_input(self, use: bool) -> None:
+        """Add or remove an input of the MLP that can be changed alone."""
+        raise InputError(
+            f"An input of its own has the MLP only in blocks where it follows the attention; this model has "
+            f"{type(self).__name__}s."
         )
 
     def forward(
@@ -115,6 +174,7 @@ class TwoBranchBlock(HookedBlock):
     hook_q_input: HookPoint
     hook_k_input: HookPoint
     hook_v_input: HookPoint
+    hook_mlp_in: HookPoint
 
     def __init__(
         self,
@@ -167,7 +227,17 @@ class TwoBranchBlock(HookedBlock):
     def add_branches(self, x: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes d_model"]:
         """Add attention, then MLP."""
         x = fire(self.hook_resid_mid, x + fire(self.hook_attn_out, self.drop_path1(self.attention_branch(x))))
-        return x + fire(self.hook_mlp_out, self.drop_path2(self.mlp_branch(x)))
+        mlp_in = fire(self.hook_mlp_in, x) if MLP_INPUT in self._modules else x
+        return x + fire(self.hook_mlp_out, self.drop_path2(self.mlp_branch(mlp_in)))
+
+    def use_mlp_input(self, use: bool) -> None:
+        """Add or remove ``hook_mlp_in``."""
+        if use and MLP_INPUT not in self._modules:
+            self.hook_mlp_in = CopyingHookPoint()
+            if self.tokens_first:
+                swap_tokens_first([self.hook_mlp_in])
+        elif not use and MLP_INPUT in self._modules:
+            del self.hook_mlp_in
 
     def use_split_qkv_input(self, use: bool) -> None:
         """Add or remove ``hook_q_input``, ``hook_k_input`` and ``hook_v_input``."""
@@ -181,7 +251,7 @@ class TwoBranchBlock(HookedBlock):
 
     def _split_inputs(self, x: Tensor, norm: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
         """The stream once a head for queries, keys and values each, hooked and normed; None while unused."""
-        if SPLIT_HOOKS[0] not in self._modules or not any(is_hooked(getattr(self, name)) for name in SPLIT_HOOKS):
+        if SPLIT_HOOKS[0] not in self._modules or not any_hooked(getattr(self, name) for name in SPLIT_HOOKS):
             return None
         heads = (self.attn.W_Q.shape[0], self.attn.W_K.shape[0], self.attn.W_V.shape[0])
         inputs = [
@@ -196,6 +266,8 @@ class TwoBranchBlock(HookedBlock):
 
 class PostNormBlock(TwoBranchBlock):
     """A block whose norms act on what the branches return, before it is added."""
+
+    outputs_add_up = False
 
     def attention_branch(self, x: Tensor) -> Tensor:
         """What the attention adds to the stream ``x``."""

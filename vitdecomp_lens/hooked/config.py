@@ -5,6 +5,7 @@ from typing import Any
 
 from transformer_lens.config import TransformerBridgeConfig
 
+from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.hooked.blocks import HookedBlock
 from vitdecomp_lens.hooked.mlp import GatedMLP
 from vitdecomp_lens.hooked.norms import HookedNorm
@@ -12,7 +13,32 @@ from vitdecomp_lens.hooked.registry import Tower
 
 
 class HookedViTConfig(TransformerBridgeConfig):
-    """TransformerLens' configuration of a vision transformer."""
+    """TransformerLens' configuration of a vision transformer; of one with stages, that of the first block.
+
+    Attributes:
+        head_counts: How many heads blocks have, where not all have as many.
+    """
+
+    head_counts: tuple[int, ...] = ()
+
+    @property
+    def n_heads(self) -> int:
+        """Number of heads of every block.
+
+        Raises:
+            InputError: If not all blocks have as many: who asks would leave out heads.
+        """
+        if self.head_counts:
+            raise InputError(
+                f"Blocks of this model have {', '.join(map(str, self.head_counts))} heads, so that there is no one "
+                f"n_heads. Of each: model.blocks[i].attn.heads. For TransformerLens' patching give the heads as "
+                f"index_df=, a table of layers and heads; decompose(model, images, by='head') has them all."
+            )
+        return int(self.__dict__["n_heads"])
+
+    @n_heads.setter
+    def n_heads(self, heads: int) -> None:
+        self.__dict__["n_heads"] = heads
 
 
 def read_config(tower: Tower, name: str) -> HookedViTConfig:
@@ -33,7 +59,7 @@ def read_config(tower: Tower, name: str) -> HookedViTConfig:
         "n_key_value_heads": None,
         "positional_embedding_type": "rotary" if attn.rotary else "standard",
     }
-    return HookedViTConfig(
+    config = HookedViTConfig(
         d_model=attn.W_O.shape[2],
         d_head=attn.W_O.shape[1],
         n_layers=len(tower.blocks),
@@ -52,6 +78,10 @@ def read_config(tower: Tower, name: str) -> HookedViTConfig:
         default_prepend_bos=False,
         **known,
     )
+    counts = [attn.heads for block in tower.blocks for attn in block.attentions.values()]
+    config.head_counts = tuple(sorted(set(counts))) if len(set(counts)) > 1 else ()
+    config.parallel_attn_mlp = "hook_resid_mid" not in first._modules
+    return config
 
 
 def _normalization(norms: Sequence[HookedNorm]) -> str | None:

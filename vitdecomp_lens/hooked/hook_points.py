@@ -27,9 +27,17 @@ class CopyingHookPoint(HookPoint):
         return x.clone()
 
 
+SPLICE = "splice"  # of a hook point's attributes: what stands there (`splicing`)
+
+
+def is_used(point: HookPoint) -> bool:
+    """Whether a value has to pass the hook point: something is attached to it, or a module stands there."""
+    return is_hooked(point) or SPLICE in point.__dict__
+
+
 def any_hooked(points: Iterable[HookPoint]) -> bool:
-    """Whether anything is attached to any of the hook points."""
-    return any(map(is_hooked, points))
+    """Whether a value has to pass any of the hook points."""
+    return any(map(is_used, points))
 
 
 @runtime_checkable
@@ -91,11 +99,15 @@ def swap_tokens_first(points: Iterable[HookPoint]) -> None:
 
 
 def fire(point: HookPoint, value: Tensor) -> Tensor:
-    """Pass a value through a hook point, if anything is attached to it; its hooks see ``batch token ...``."""
-    if not is_hooked(point):
+    """Pass a value through a hook point, if anything is attached to it; its hooks see ``batch token ...``.
+
+    A module that stands there comes before its hooks.
+    """
+    if not is_used(point):
         return value
     layout: Layout | None = point.__dict__.get("layout")
-    result: Tensor = point(value if layout is None else layout.show(value))
+    shown, splice = value if layout is None else layout.show(value), point.__dict__.get(SPLICE)
+    result: Tensor = point(shown if splice is None else splice(shown))
     return result if layout is None else layout.restore(result, value)
 
 
@@ -150,7 +162,7 @@ class GridTap:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Return the output, in its own layout, as the hook point leaves it."""
-        if not is_hooked(self.point):
+        if not is_used(self.point):
             return output
         if self.channels_first:
             patches = fire(self.point, output.flatten(2).transpose(1, 2))

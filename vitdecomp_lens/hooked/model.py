@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from vitdecomp_lens.components import By, Point, TokenGrid
 from vitdecomp_lens.coverage import Stop
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, near_matches
-from vitdecomp_lens.hooked import checks, preprocess, reading
-from vitdecomp_lens.hooked.blocks import HookedBlock, PostNormBlock
+from vitdecomp_lens.hooked import checks, preprocess, reading, splicing, stream
+from vitdecomp_lens.hooked.activation_cache import ViTCache
+from vitdecomp_lens.hooked.blocks import SPLIT_HOOKS, HookedBlock, PostNormBlock
 from vitdecomp_lens.hooked.clone import StructureWatch, clone_tree
-from vitdecomp_lens.hooked.config import read_config
+from vitdecomp_lens.hooked.config import HookedViTConfig, read_config
+from vitdecomp_lens.hooked.image_tokens import ImageTokens
 from vitdecomp_lens.hooked.registry import ImageSpec, find_adapter
 from vitdecomp_lens.weights import create_open_clip, create_timm
 
@@ -64,6 +66,7 @@ class HookedViT(HookedRootModule):
     original: nn.Module
     tower: nn.Module
     blocks: nn.ModuleList
+    training: bool
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -80,9 +83,23 @@ class HookedViT(HookedRootModule):
         for name, part in self._tower.parts.items():
             self.add_module(name, part)
         self.tower = self._tower.module
-        self.training = original.training
-        self.cfg = read_config(self._tower, type(original).__name__)
+        self._take_mode(original)
+        self.cfg: HookedViTConfig = read_config(self._tower, type(original).__name__)
         self.setup()
+
+    def _take_mode(self, original: nn.Module) -> None:
+        """Be in the original's mode, with all that was put around its modules."""
+        self.training = original.training
+        if not any(module.training for module in original.modules()):
+            super().train(False)
+
+    def setup(self) -> None:
+        """Name the hooks. Separate inputs have TransformerLens' newer name, too: ``blocks.0.attn.hook_q_input``."""
+        super().setup()
+        for number, block in enumerate(self.hooked_blocks):
+            for name in (name for name in SPLIT_HOOKS if name in block._modules):
+                alias = f"blocks.{number}.attn.{name}"
+                self.hook_dict[alias] = self.mod_dict[alias] = getattr(block, name)
 
     @staticmethod
     def _refuse_hooked(module: nn.Module) -> None:
@@ -128,12 +145,15 @@ class HookedViT(HookedRootModule):
         """Return what the wrapped model returns.
 
         Args:
-            images: ``batch channel height width``, normalised as the model was trained; see `preprocess`.
+            images: ``batch channel height width``, normalised as the model was trained; see `preprocess`. Or what
+                `to_tokens` made of them.
 
         Raises:
             InputError: If the images have a wrong shape, dtype or device.
             UnsupportedModelError: If submodules or settings of the original were changed after wrapping.
         """
+        if isinstance(images, ImageTokens):
+            images = images.images
         if not torch.compiler.is_compiling():
             self._watch.check()
             self._check_cheaply(images)
@@ -154,7 +174,7 @@ class HookedViT(HookedRootModule):
 
     def run_with_cache(  # type: ignore[override]
         self, images: Any, *, names_filter: NamesFilter = None, remove_batch_dim: bool = False, **options: Any
-    ) -> tuple[Any, ActivationCache]:
+    ) -> tuple[Any, ViTCache]:
         """Run the model and keep the activations at its hook points.
 
         Args:
@@ -166,7 +186,7 @@ class HookedViT(HookedRootModule):
                 axis, and the patch embedding, are kept whole.
 
         Returns:
-            The output and an ``ActivationCache``.
+            The output and an ``ActivationCache`` of TransformerLens.
 
         Raises:
             UnknownNameError: If the filter matches no hook.
@@ -174,7 +194,7 @@ class HookedViT(HookedRootModule):
         output, cache = super().run_with_cache(
             images, names_filter=self._as_predicate(names_filter), remove_batch_dim=remove_batch_dim, **options
         )
-        return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return output, ViTCache(cache, self, self._tower, has_batch_dim=not remove_batch_dim)
 
     def get_caching_hooks(
         self,
@@ -193,17 +213,17 @@ class HookedViT(HookedRootModule):
         kept: dict[str, Tensor] = {} if cache is None else cache
         tokens = Slice.unwrap(pos_slice)
 
-        def save(value: Tensor, hook: HookPoint, suffix: str) -> None:
+        def save(value: Tensor, hook: HookPoint, name: str, suffix: str) -> None:
             value = value.detach().to(device)
-            if (axis := self._token_axis(str(hook.name))) is not None:
-                value = _sliced(tokens, value, axis, str(hook.name))
-            kept[f"{hook.name}{suffix}"] = value[0] if remove_batch_dim and len(value) == 1 else value
+            if (axis := self._token_axis(name)) is not None:
+                value = _sliced(tokens, value, axis, name)
+            kept[f"{name}{suffix}"] = value[0] if remove_batch_dim and len(value) == 1 else value
 
         wanted = self._as_predicate(names_filter)
         self.is_caching = True
         names = [name for name in self.hook_dict if wanted(name)]
-        forward = [(name, partial(save, suffix="")) for name in names]
-        return kept, forward, [(name, partial(save, suffix="_grad")) for name in names if incl_bwd]
+        forward = [(name, partial(save, name=name, suffix="")) for name in names]
+        return kept, forward, [(name, partial(save, name=name, suffix="_grad")) for name in names if incl_bwd]
 
     def _token_axis(self, name: str) -> int | None:
         """Which axis of a hook's value runs over the tokens of the sequence."""
@@ -240,6 +260,50 @@ class HookedViT(HookedRootModule):
             self._as_predicate(name)
         with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
             yield self
+
+    @contextmanager
+    def spliced(self, modules: Mapping[str, nn.Module], *, error: bool = True) -> Iterator["HookedViT"]:
+        """Let modules, such as sparse autoencoders, stand at hook points for the length of a ``with`` block.
+
+        The value x at a hook becomes ``decode(latents) + e`` with ``latents = encode(x)`` and
+        ``e = x - decode(latents)``. Hooks at ``<hook>.hook_latents`` and ``<hook>.hook_error`` read and change them; a
+        change of latents leaves e as it is. ``<hook>`` itself keeps its hooks, which see what the model goes on with.
+
+        In `decompose` and the other requests latents and error are given, as nonlinear outputs are. With
+        ``by="latent"`` each latent is a component, ``latent17@<hook>``, and heads are told apart elsewhere; otherwise
+        those of a module are one, ``latents@<hook>``. The error is ``error@<hook>``, and the decoder's bias a constant.
+        Behind a module at the residual stream nothing writes directly.
+
+        Args:
+            modules: For each hook a module with ``encode(x)`` and ``decode(latents)``, of which the second is affine.
+                It gets ``[batch, token, d]``; at ``hook_z`` the heads put together, ``d = heads · d_head``. The module
+                itself stays as it is: a clone with the same parameters runs, in evaluation mode.
+            error: Whether e is added. Without it the module's output takes the value's place, and the run changes.
+
+        Raises:
+            UnknownNameError: If there is no such hook.
+            InputError: If a module cannot stand there; in a run, if it does not fit the value.
+
+        Example:
+            >>> class Halves(nn.Module):
+            ...     def encode(self, x):
+            ...         return torch.cat([x.relu(), (-x).relu()], -1)
+            ...
+            ...     def decode(self, latents):
+            ...         positive, negative = latents.chunk(2, -1)
+            ...         return positive - negative
+            >>> model, images = HookedViT.from_timm("test_vit"), torch.randn(1, 3, 160, 160)
+            >>> with model.spliced({"blocks.1.hook_mlp_out": Halves()}):
+            ...     _, cache = model.run_with_cache(images)
+            >>> cache["blocks.1.hook_mlp_out.hook_latents"].shape, cache["blocks.1.hook_mlp_out"].shape
+            (torch.Size([1, 101, 128]), torch.Size([1, 101, 64]))
+        """
+        try:
+            with splicing.splicing(self.hook_dict, modules, self._weight, error=error):
+                self.setup()
+                yield self
+        finally:
+            self.setup()
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
         """Add a hook that stays until ``reset_hooks``.
@@ -293,6 +357,19 @@ class HookedViT(HookedRootModule):
         self.cfg.use_split_qkv_input = use
         self.setup()
 
+    def set_use_hook_mlp_in(self, use: bool) -> None:
+        """Add or remove ``blocks.{i}.hook_mlp_in``: the stream as the MLP reads it.
+
+        Raises:
+            InputError: If attention and MLP share their input, or blocks have other tokens than the first.
+        """
+        if use:
+            stream.check_stream(self._tower, "hook_mlp_in")
+        for block in self.hooked_blocks:
+            block.use_mlp_input(use)
+        self.cfg.use_hook_mlp_in = use
+        self.setup()
+
     # What there is -------------------------------------------------------------------------------------
 
     @property
@@ -322,12 +399,15 @@ class HookedViT(HookedRootModule):
         return sum(bool(b.attentions) + bool(b.mlps_by_name) + b.has_convolution for b in self.hooked_blocks)
 
     def component_points(self, by: By) -> tuple[Point, ...]:
-        """Return where components are read, for a decomposition by layer, head or neuron."""
-        return reading.component_points(self._tower, by)
+        """Return where components are read, for a decomposition by layer, head, neuron or latent."""
+        splices = splicing.splices_of(self.hook_dict)
+        points = reading.component_points(self._tower, by, splices)
+        return splicing.with_splices(points, splices, by, self._token_axis)
 
     def token_points(self, by: By) -> tuple[Point, ...]:
         """Return where components are read for maps over source tokens: attention at ``hook_v``, by head."""
-        return reading.token_points(self._tower, by)
+        splices = splicing.splices_of(self.hook_dict)
+        return splicing.with_splices(reading.token_points(self._tower, by, splices), splices, by, self._token_axis)
 
     def token_grid(
         self, images: Float[Tensor, "batch channel height width"], hook: str = "hook_patch_embed"
@@ -345,7 +425,8 @@ class HookedViT(HookedRootModule):
         self._as_predicate(hook)
         checks.check_shape(images, self.image_spec)
         size = (images.shape[2], images.shape[3])
-        grid = self._tower.grid_at(hook, *size)
+        at = next((name for name in splicing.splices_of(self.hook_dict) if hook.startswith(f"{name}.")), hook)
+        grid = self._tower.grid_at(at, *size)
         return grid if grid.image_size == size else replace(grid, seen=size)
 
     @property
@@ -355,10 +436,15 @@ class HookedViT(HookedRootModule):
 
     @property
     def parameter_names(self) -> dict[int, str]:
-        """Names in the original of its parameters and buffers, by ``id``."""
-        original = self.original
-        tensors = [*original.named_buffers(remove_duplicate=False), *original.named_parameters(remove_duplicate=False)]
-        return {id(tensor): name for name, tensor in reversed(tensors)}
+        """Names in the original of its parameters and buffers, by ``id``; of spliced modules, behind their hooks'."""
+        splices = splicing.splices_of(self.hook_dict).values()
+        owners = {"": self.original, **{f"{splice.hook}.": splice.module for splice in splices}}
+        return {
+            id(tensor): f"{prefix}{name}"
+            for prefix, owner in owners.items()
+            for tensors in (owner.named_parameters, owner.named_buffers)
+            for name, tensor in reversed(list(tensors(remove_duplicate=False)))
+        }
 
     # Photographs ---------------------------------------------------------------------------------------
 
@@ -407,7 +493,8 @@ class HookedViT(HookedRootModule):
         return self.original.load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HookedViT":
-        self.original._apply(fn, recurse)
+        for module in (self.original, *(splice.module for splice in splicing.splices_of(self.hook_dict).values())):
+            module._apply(fn, recurse)
         return self
 
     def train(self, mode: bool = True) -> "HookedViT":
@@ -497,13 +584,107 @@ class HookedViT(HookedRootModule):
                     total = total + mlp.b_out
         return total
 
-    def tokens_to_residual_directions(self, tokens: int | Tensor) -> Float[Tensor, "*axes d_rep"]:
-        """Return the classifier's directions of classes: what a vision model has in place of token directions."""
-        return self.W_U.T[tokens]
+    @property
+    def unembed(self) -> stream.Unembedding:
+        """The map from representation to output: ``unembed(h)`` is ``h @ W_U + b_U``."""
+        return stream.Unembedding(*self._weights_out())
 
-    def to_single_token(self, token: int) -> int:
-        """Return a class number as it is."""
+    def fold_ln(self) -> stream.Unembedding:
+        """Return the map to the output with the final norm's gain γ and shift β in it; the model stays as it is.
+
+        ``ln_final.hook_normalized`` of the tokens that are read is mapped to the output. So ``W_U`` of it has the
+        directions of the stream along which the output changes, the norm's statistics frozen.
+
+        Raises:
+            InputError: If the read-out is not one norm and then linear.
+
+        Example:
+            >>> model = HookedViT.from_timm("test_vit", num_classes=5)
+            >>> logits, cache = model.run_with_cache(torch.randn(1, 3, 160, 160))
+            >>> folded = model.fold_ln()(cache["ln_final.hook_normalized"][:, 0])
+            >>> torch.allclose(folded, logits, atol=1e-5)
+            True
+        """
+        stream.check_final_norm(self._tower, "fold_ln")
+        norm: Any = self._tower.parts["ln_final"]
+        return self.unembed.behind(norm)
+
+    def tokens_to_residual_directions(
+        self, tokens: int | Int[Tensor, "*axes"] | Float[Tensor, "*axes d_out"]
+    ) -> Float[Tensor, "*axes d_model"]:
+        """Return the directions of the stream along which outputs change, the final norm's gain in them (`fold_ln`).
+
+        Args:
+            tokens: Classes, by number; or directions of the output space, such as those of texts.
+
+        Raises:
+            InputError: If the read-out is not one norm and then linear, or a class is named instead of numbered.
+        """
+        self.to_single_token(tokens)
+        directions = self.fold_ln().W_U.T
+        if isinstance(tokens, Tensor) and tokens.is_floating_point():
+            return tokens @ directions
+        return directions[tokens]
+
+    def to_single_token(self, token: Any) -> Any:
+        """Return a class number as it is.
+
+        Raises:
+            InputError: If the class is named.
+        """
+        if isinstance(token, str):
+            raise InputError(f"Classes are numbers here; got {token!r}. Take its place among the model's classes.")
         return token
+
+    def blocks_with(self, part: str) -> list[tuple[int, HookedBlock]]:
+        """Return the blocks that have a part such as ``"attn"``, with their numbers.
+
+        Raises:
+            InputError: If not every block is one attention that adds to the same stream.
+        """
+        stream.check_heads(self._tower, "blocks_with")
+        return [(number, block) for number, block in enumerate(self.hooked_blocks) if part in block._modules]
+
+    def to_tokens(self, images: Any) -> ImageTokens:
+        """Return images as tools take them that count tokens off their input; the model takes them so, too.
+
+        Args:
+            images: ``batch channel height width``.
+
+        Raises:
+            InputError: If these are no images, or blocks have other tokens, or another width, than the first.
+
+        Example:
+            >>> HookedViT.from_timm("test_vit").to_tokens(torch.zeros(2, 3, 160, 160)).shape
+            torch.Size([2, 101])
+        """
+        stream.check_stream(self._tower, "to_tokens")
+        checks.check_shape(images, self.image_spec)
+        return ImageTokens(images, len(self.token_grid(images)))
+
+    def to_str_tokens(self, images: Float[Tensor, "batch channel height width"]) -> list[str]:
+        """Return names of the tokens that images have: ``["CLS", "r0c0", "r0c1", ...]``.
+
+        Raises:
+            InputError: If blocks have other tokens, or another width, than the first.
+        """
+        stream.check_stream(self._tower, "to_str_tokens")
+        return list(self.token_grid(images).names)
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Return weights under TransformerLens' names, live; the final norm is folded into those of ``unembed``.
+
+        Raises:
+            InputError: If not every block is one attention and one MLP that add to the same stream, or the read-out is
+                not one norm and then linear.
+        """
+        stream.check_heads(self._tower, "tl_parameters")
+        stream.check_neurons(self._tower, "tl_parameters")
+        unembed = self.fold_ln()
+        found = {"unembed.W_U": unembed.W_U, "unembed.b_U": unembed.b_U}
+        for number, block in enumerate(self.hooked_blocks):
+            found |= {f"blocks.{number}.{name}": weight for name, weight in block.weights().items()}
+        return found
 
 
 def _sliced(tokens: Slice, value: Tensor, axis: int, name: str) -> Tensor:

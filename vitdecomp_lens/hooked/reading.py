@@ -1,40 +1,47 @@
 """Where the components of a hooked tower are read: one table for all families."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from vitdecomp_lens.components import By, Component, Point
 from vitdecomp_lens.hooked.blocks import HookedBlock
 from vitdecomp_lens.hooked.registry import Tower
 
 
-def component_points(tower: Tower, by: By) -> tuple[Point, ...]:
+def component_points(tower: Tower, by: By, spliced: Collection[str] = ()) -> tuple[Point, ...]:
     """Return the points of a cut: the embedding, each block's branches, the attention pool.
 
     Args:
         tower: The hooked tower.
-        by: ``"layer"``, ``"head"`` (attention split by head) or ``"neuron"`` (MLPs split by neuron).
+        by: ``"layer"``, ``"head"`` (attention split by head), ``"neuron"`` (MLPs split by neuron) or ``"latent"``
+            (where no module stands, as by head).
+        spliced: Hooks at which modules stand: a branch that has one inside is read there, whatever the cut.
     """
     points = [_embedding(tower)]
     for layer, block in enumerate(tower.blocks):
         points += _convolution(layer, block)
-        points += _attention_heads(layer, block, "hook_z") if by == "head" else _attention(layer, block)
-        points += _neurons(layer, block) if by == "neuron" else _mlp(layer, block)
+        heads, neurons = _attention_heads(layer, block, "hook_z"), _neurons(layer, block)
+        inside = any(f"blocks.{layer}.{name}.hook_z" in spliced for name in block.attentions)
+        points += heads if inside or by in ("head", "latent") else _attention(layer, block)
+        inside = any(f"blocks.{layer}.{name}.hook_post" in spliced for name in block.mlps_by_name)
+        points += neurons if inside or by == "neuron" else _mlp(layer, block)
     return (*points, *_pool(tower, "hook_z"))
 
 
-def token_points(tower: Tower, by: By) -> tuple[Point, ...]:
+def token_points(tower: Tower, by: By, spliced: Collection[str] = ()) -> tuple[Point, ...]:
     """Return the points of a cut whose attention is read at the source tokens: at ``hook_v``, by head.
 
     Args:
         tower: The hooked tower.
         by: Whether MLPs are split by neuron. Attention is always split by head; for ``"layer"`` and
             ``"neuron"`` the caller sums over heads.
+        spliced: As for `component_points`.
     """
     points = [_embedding(tower)]
     for layer, block in enumerate(tower.blocks):
         points += _convolution(layer, block)
         points += _attention_heads(layer, block, "hook_v")
-        points += _neurons(layer, block) if by == "neuron" else _mlp(layer, block)
+        inside = any(f"blocks.{layer}.{name}.hook_post" in spliced for name in block.mlps_by_name)
+        points += _neurons(layer, block) if inside or by == "neuron" else _mlp(layer, block)
     return (*points, *_pool(tower, "hook_v"))
 
 

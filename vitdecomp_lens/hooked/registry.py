@@ -1,21 +1,26 @@
 """Which adapter hooks which model class.
 
 Adapters are registered under the dotted name of the class they serve, so that a model library is imported
-only when one of its models is wrapped.
+only when one of its models is wrapped. For one class, what was registered with `register_adapter` comes first, then
+what is built in, then what installed distributions announce as entry points.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, TypeVar
 
 from torch import nn
 
 from vitdecomp_lens.components import TokenGrid
-from vitdecomp_lens.errors import UnsupportedModelError
+from vitdecomp_lens.errors import UnsupportedModelError, VitDecompWarning
 from vitdecomp_lens.hooked.blocks import HookedBlock
+
+ENTRY_POINTS = "vitdecomp_lens.adapters"  # the group: names are model classes, values adapters, "package.module:Class"
 
 
 @dataclass(frozen=True)
@@ -134,15 +139,18 @@ _ADAPTERS: dict[str, type[Adapter]] = {}
 def register_adapter(*class_names: str) -> Callable[[AdapterClass], AdapterClass]:
     """Register an adapter for model classes given as ``"package.module:Class"``.
 
+    An adapter that is defined again under its name, as by a cell of a notebook that is run again, replaces the one
+    before.
+
     Raises:
-        ValueError: If a class has an adapter already.
+        ValueError: If a class has another adapter already.
 
     Example:
         >>> @register_adapter("my_models:MyViT")
         ... class MyAdapter(Adapter):
         ...     def hook(self, clone): ...
         ...     def transform(self, original, size): ...
-        >>> register_adapter("my_models:MyViT")(MyAdapter)
+        >>> register_adapter("my_models:MyViT")(type("Another", (MyAdapter,), {}))
         Traceback (most recent call last):
             ...
         ValueError: 'my_models:MyViT' has an adapter already: MyAdapter. ...
@@ -151,8 +159,9 @@ def register_adapter(*class_names: str) -> Callable[[AdapterClass], AdapterClass
     def register(adapter: AdapterClass) -> AdapterClass:
         for name in class_names:
             taken = _ADAPTERS.get(name)
+            again = taken is not None and _place(taken) == _place(adapter)
             built_in = name in _BUILT_IN and adapter.__module__ != _BUILT_IN[name]
-            if taken is not None or built_in:
+            if (taken is not None and not again) or built_in:
                 owner = taken.__name__ if taken else _BUILT_IN[name]
                 raise ValueError(
                     f"{name!r} has an adapter already: {owner}. Register a class of your own, for instance a "
@@ -164,38 +173,95 @@ def register_adapter(*class_names: str) -> Callable[[AdapterClass], AdapterClass
     return register
 
 
+def _place(cls: type) -> str:
+    """Where a class is defined, as adapters are registered: ``"package.module:Class"``."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 def has_adapter(module: nn.Module) -> bool:
-    """Whether there is an adapter for a module's class, or for a parent whose ``forward`` it keeps."""
-    return _adapter_of(module) is not None
+    """Whether there is an adapter for a module's class, or for a parent whose ``forward`` it keeps.
 
-
-def _adapter_of(module: nn.Module) -> type[Adapter] | None:
-    for cls in type(module).__mro__:
-        name = f"{cls.__module__}:{cls.__qualname__}"
-        if name in _BUILT_IN and name not in _ADAPTERS:
-            import_module(_BUILT_IN[name])
-        if name in _ADAPTERS and _keeps_forward(module, cls):
-            return _ADAPTERS[name]
-    return None
+    Raises:
+        UnsupportedModelError: If an installed distribution announces one that cannot be loaded.
+    """
+    return _adapter_of(module, entry_points(group=ENTRY_POINTS)) is not None
 
 
 def find_adapter(module: nn.Module) -> Adapter:
     """Return the adapter of a module's class, or of the nearest parent whose ``forward`` it keeps.
 
     Raises:
-        UnsupportedModelError: If there is none; the message names one that is near.
+        UnsupportedModelError: If there is none; the message names one that is near. If an installed distribution
+            announces one that cannot be loaded, it names the distribution.
     """
     _refuse_patched(module, "model")
-    if (adapter := _adapter_of(module)) is not None:
+    announced = entry_points(group=ENTRY_POINTS)
+    if (adapter := _adapter_of(module, announced)) is not None:
         return adapter()
-    known = sorted({*_BUILT_IN, *_ADAPTERS})
-    shown = f"{type(module).__module__}:{type(module).__qualname__}"
+    known = sorted({*_BUILT_IN, *_ADAPTERS, *announced.names})
+    shown = _place(type(module))
     # Names share much by being dotted: one less alike is of another kind of model.
     nearest = "".join(f"; the nearest is for {name}" for name in get_close_matches(shown, known, n=1, cutoff=0.8))
     raise UnsupportedModelError(
         f"There is no adapter for {shown}{nearest}. Register one with register_adapter, or "
         f"decompose the module as it is: decompose(module, images) works for any."
     )
+
+
+def _adapter_of(module: nn.Module, announced: EntryPoints) -> type[Adapter] | None:
+    for cls in type(module).__mro__:
+        if _keeps_forward(module, cls) and (adapter := _adapter_for(_place(cls), announced)) is not None:
+            return adapter
+    return None
+
+
+def _adapter_for(name: str, announced: EntryPoints) -> type[Adapter] | None:
+    """The adapter of just this class: registered, built in, or announced."""
+    entries = tuple(announced.select(name=name))
+    if name in _BUILT_IN:
+        _warn_of_unused(name, entries)
+        if name not in _ADAPTERS:
+            import_module(_BUILT_IN[name])
+    if name in _ADAPTERS or not entries:
+        return _ADAPTERS.get(name)
+    if len(entries) > 1:
+        raise UnsupportedModelError(
+            f"{' and '.join(map(_distribution, entries))} announce an adapter of {name} each. Uninstall all but one, "
+            f"or register the one that you want with register_adapter, which comes first."
+        )
+    return _load(entries[0])
+
+
+def _load(entry: EntryPoint) -> type[Adapter]:
+    try:
+        adapter = entry.load()
+    except Exception as error:  # whatever goes wrong in importing somebody else's code
+        raise UnsupportedModelError(_broken(entry, f"it cannot be loaded: {type(error).__name__}: {error}")) from error
+    if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
+        raise UnsupportedModelError(_broken(entry, f"expected a subclass of Adapter there; got {adapter!r}"))
+    return adapter
+
+
+def _broken(entry: EntryPoint, what: str) -> str:
+    distribution = _distribution(entry)
+    return (
+        f"{distribution} announces {entry.value} as the adapter of {entry.name}, but {what}. Upgrade or uninstall "
+        f"{distribution}, or register an adapter of your own with register_adapter, which comes first."
+    )
+
+
+def _warn_of_unused(name: str, entries: tuple[EntryPoint, ...]) -> None:
+    for entry in entries:
+        warnings.warn(
+            f"{_distribution(entry)} announces {entry.value} as an adapter of {name}, which has a built-in one: that "
+            f"is used. To have the other, register it for a subclass of the model.",
+            VitDecompWarning,
+            stacklevel=6,
+        )
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return "an unnamed distribution" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
 
 
 def find_part(table: dict[type, Any], module: nn.Module, what: str) -> Any:

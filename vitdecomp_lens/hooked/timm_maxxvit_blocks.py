@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from vitdecomp_lens.hooked.attention import HookedAttention
-from vitdecomp_lens.hooked.blocks import HookedBlock, TwoBranchBlock
+from vitdecomp_lens.hooked.blocks import HookedBlock, TwoBranchBlock, not_one
 from vitdecomp_lens.hooked.hook_points import ChannelsFirst, Grid, Layout, OutputTap, any_hooked, fire, lay_out
 from vitdecomp_lens.hooked.mlp import HookedMLP, PlainMLP
 from vitdecomp_lens.hooked.norms import HookedNorm, hooked_norm
@@ -97,6 +97,7 @@ class ConvBlock(HookedBlock):
     """
 
     hook_conv_out: HookPoint
+    attn = not_one("a convolution")
 
     def __init__(self, core: Any) -> None:
         super().__init__(core)
@@ -231,6 +232,7 @@ class ParallelBlock(HookedBlock):
     """
 
     hook_resid_mid: HookPoint
+    attn = not_one("two attentions")
     attn_block: HookedHalf
     attn_grid: HookedHalf
 

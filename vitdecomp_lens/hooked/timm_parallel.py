@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformer_lens.hook_points import HookPoint
 
 from vitdecomp_lens.hooked.attention import Heads, HookedAttention
-from vitdecomp_lens.hooked.blocks import HookedBlock
+from vitdecomp_lens.hooked.blocks import HookedBlock, not_one
 from vitdecomp_lens.hooked.hook_points import any_hooked, fire
 from vitdecomp_lens.hooked.mlp import HookedMLP, bias_or_zeros
 from vitdecomp_lens.hooked.norms import hooked_norm
@@ -218,6 +218,8 @@ class ThingsBlock(HookedBlock):
     """
 
     hook_resid_mid: HookPoint
+    attn = not_one("several attentions")
+    mlp = not_one("several MLPs")
 
     def __init__(self, core: Any, attentions: list[HookedAttention], mlps: list[HookedMLP]) -> None:
         super().__init__(core)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from vitdecomp_lens.components import By, Component, Point
+from vitdecomp_lens.components import PLAIN, By, Component, Point
 from vitdecomp_lens.decomposable import Decomposable
 from vitdecomp_lens.errors import InputError, UnknownNameError, UnsupportedModelError, near_matches
 from vitdecomp_lens.foreign import Foreign
@@ -17,10 +17,10 @@ from vitdecomp_lens.frozen.graph import FrozenGraph, NamesParameters
 from vitdecomp_lens.frozen.places import places, varying_axes
 from vitdecomp_lens.frozen.trace import Read, trace
 from vitdecomp_lens.hooked.checks import check_module
+from vitdecomp_lens.hooked.splicing import splices_of
 from vitdecomp_lens.points import hook_points
 from vitdecomp_lens.traced import check_any_images
 
-BYS: tuple[By, ...] = ("layer", "head", "neuron")
 SUMS_OF_CONSTANTS = ("constants", "aligner.bias")
 
 
@@ -82,7 +82,8 @@ class Subject:
                     f"{type(module).__name__} says itself at which hooks its components are: components= takes labels"
                     " of them, such as components=['attn.0']. A mapping from labels to hooks is for models that do not."
                 )
-            by = {by: module.component_points(by) for by in BYS}
+            bys: tuple[By, ...] = (*PLAIN, "latent") if splices_of(module.hook_dict) else PLAIN
+            by = {by: module.component_points(by) for by in bys}
             return cls(module, module.hook_dict, by, native=module)
         check_module(module)
         _check_any(images, module)
@@ -90,7 +91,7 @@ class Subject:
         hooks = hook_points(module)
         if isinstance(components, Mapping):
             points = tuple(_given(label, hook, hooks, module) for label, hook in components.items())
-            return cls(module, hooks, dict.fromkeys(BYS, points), _graph=graph)
+            return cls(module, hooks, dict.fromkeys(PLAIN, points), _graph=graph)
         foreign = Foreign.of(module, graph()) if hooks else None
         if foreign is None:
             raise UnsupportedModelError(
@@ -98,7 +99,7 @@ class Subject:
                 " HookedViT(model), which takes timm's and open_clip's models; or put TransformerLens HookPoints into"
                 " your own, and say components={label: hook}."
             )
-        found = {by: foreign.component_points(by) for by in BYS}
+        found = {by: foreign.component_points(by) for by in PLAIN}
         named = {by: tuple(p for p in points if p.hook in foreign.hook_dict) for by, points in found.items()}
         unhooked = dict.fromkeys(p for points in found.values() for p in points if p.hook not in foreign.hook_dict)
         return cls(module, foreign.hook_dict, named, unhooked=tuple(unhooked), _graph=graph)
@@ -113,7 +114,7 @@ class Subject:
     @property
     def points(self) -> tuple[Point, ...]:
         """Where all components are, in all cuts."""
-        return tuple(dict.fromkeys(point for by in BYS for point in self.by[by]))
+        return tuple(dict.fromkeys(point for points in self.by.values() for point in points))
 
     def spots(self, components: Sequence[str] | Mapping[str, str]) -> tuple[Spot, ...]:
         """Where components are, by their labels, each once.
@@ -220,7 +221,7 @@ def _spot_at(point: Point, label: str) -> Spot | None:
     """A component at a point, by its label, as far as can be told without knowing how many there are."""
     if point.axis is None:
         return Spot(point.component, point, None) if point.component.label == label else None
-    digits = re.search(r"\d+$", label)
+    digits = re.search(r"(?<=^latent)\d+(?=@)|\d+$", label)
     if digits is None or int(digits[0]) < point.first:
         return None
     (component,) = replace(point, first=int(digits[0])).components(1)

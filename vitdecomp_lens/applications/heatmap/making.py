@@ -91,8 +91,8 @@ def of_texts(
 ) -> Heatmaps:
     """Where in each image the components read what they write along each text.
 
-    It is one `attribute_tokens` and a sum over components: for 100 texts and a batch of a ViT-B a tenth (class token)
-    to a quarter (mean of patches) more than the forward itself (``benchmarks/heatmaps.py``).
+    It is one `attribute_tokens` and a sum over components: for 100 texts and a batch of a ViT-B a tenth more than the
+    forward itself (``benchmarks/heatmaps.py``). With an aligner or a null, heads are read one by one, which is dearer.
 
     Args:
         model: As for `attribute_tokens`: a CLIP's image tower, or any model with an aligner.
