@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitdecomp_lens import Decomposition, HookedViT, decompose, testbed
+from vitdecomp_lens.class_names import ClassNames
 from vitdecomp_lens.clip import TextBank
 from vitdecomp_lens.interpret import text_span
 from vitdecomp_lens.testbed.banks import features, text_bank
@@ -101,14 +102,12 @@ def loaded(options: argparse.Namespace) -> tuple[HookedViT, Tensor, TextBank]:
         texts = [text for several in features().values() for text in several]
         bank = text_bank(testbed.load_original("clip"), texts).centred()
         return testbed.load("clip"), testbed.normalised(scenes.images(range(options.images))), bank
-    from timm.data import ImageNetInfo
-
     model = HookedViT.from_timm(options.model, pretrained=options.pretrained)
-    photographs = sorted(options.photographs.glob("*.jpg"))[: options.images]
-    info = ImageNetInfo()
-    names = [f"{info.index_to_description(n)} ({info.index_to_label_name(n)})" for n in range(model.W_U.shape[1])]
-    bank = TextBank(names, model.W_U.T.detach(), space="classifier").centred()
-    return model, model.preprocess(photographs), bank
+    files = sorted(path for path in options.photographs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    names = ClassNames.of(model.W_U.shape[1])  # of ImageNet; two classes may share a name: their numbers tell them apart
+    texts = [f"{names.names[n]} ({n})" for n in range(model.W_U.shape[1])]
+    bank = TextBank(texts, model.W_U.T.detach(), space="classifier").centred()
+    return model, model.preprocess(files[: options.images]), bank
 
 
 if __name__ == "__main__":
@@ -116,9 +115,9 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="testbed/clip", help="testbed/clip, or a model of timm (testbed/clip)")
     parser.add_argument("--pretrained", action="store_true", help="with timm's weights")
     parser.add_argument("--photographs", type=Path, metavar="FOLDER", help="for a model of timm")
-    parser.add_argument("--hook", default="blocks.3.hook_mlp_out")
-    parser.add_argument("--images", type=int, default=300)
-    parser.add_argument("--latents", type=int, default=128)
+    parser.add_argument("--hook", default="blocks.3.hook_mlp_out", help="where (blocks.3.hook_mlp_out)")
+    parser.add_argument("--images", type=int, default=300, help="train on so many (300)")
+    parser.add_argument("--latents", type=int, default=128, help="of the autoencoder (128)")
     parser.add_argument("--show", type=int, default=8, help="of which so many are shown (8)")
     options = parser.parse_args()
     if options.model != "testbed/clip" and options.photographs is None:

@@ -13,9 +13,9 @@ import timm
 import torch
 
 import vitdecomp_lens
-from vitdecomp_lens import HookedViT, cli, decompose, verify, weights
+from vitdecomp_lens import HookedViT, attribute_tokens, cli, decompose, verify, weights
 from vitdecomp_lens.certificate import TOLERANCES
-from vitdecomp_lens.errors import UnsupportedModelError, VitDecompWarning
+from vitdecomp_lens.errors import InputError, UnsupportedModelError, VitDecompWarning
 from vitdecomp_lens.hooked import Adapter, register_adapter, registry
 from vitdecomp_lens.points import LazyHookPoint
 
@@ -191,6 +191,17 @@ def test_a_mistake_fails_as_the_guide_says(mistake):
     failures = "\n".join(verify(pit(**SMALL), count=1, cost=False).failures)
     for message in messages:
         assert re.search(message, failures), failures
+
+
+def test_a_grid_of_other_tokens_is_refused_by_hook():
+    for wrong in ("TokenGrid(rows + 1, columns, image, prefix)", "TokenGrid(rows, columns, image)"):
+        code = ADAPTER.replace("TokenGrid(rows, columns, image, prefix)", wrong)
+        assert code != ADAPTER
+        exec(compile(code, wrong, "exec"), {"__name__": wrong})
+        model = HookedViT(pit(**SMALL))
+        registry._ADAPTERS.pop(SERVED)
+        with pytest.raises(InputError, match=r"tokens that model.token_grid names there.*the value has (50|17|5)"):
+            attribute_tokens(model, photographs(), torch.randn(1, 256))
 
 
 def test_a_hook_whose_return_is_dropped_is_refused_by_name(guide):

@@ -305,6 +305,10 @@ def test_several_curves_in_one_table_and_one_picture(tmp_path):
 # ---- bad input
 
 
+def never(scores, labels):
+    raise AssertionError("nothing is to be measured")
+
+
 def test_bad_input_is_named():
     parts, labels = random_parts(), torch.zeros(6, dtype=torch.int64)
     with pytest.raises(InputError, match="a label for each of the 6"):
@@ -317,9 +321,13 @@ def test_bad_input_is_named():
         direct_steps(parts, ["mlp.0", "mlp.0"], how="zero")
     with pytest.raises(InputError, match="list of labels"):
         direct_steps(parts, "mlp.0", how="zero")
+    with pytest.raises(InputError, match="most= as a number"):
+        ablation.direct(parts, labels, how="zero", most=-1)
     model, images, _ = small_model()
     with pytest.raises(InputError, match="at least one batch"):
         ablation.total(model, [], labels, how="zero")
+    with pytest.raises(InputError, match=f"a label for each of the {len(images)} images; got {len(images) + 1}"):
+        ablation.total(model, images, torch.zeros(len(images) + 1), measure=never, how="zero")
     with pytest.raises(InputError, match="batch_size"):
         total_steps(model, images, ["mlp.0"], how="zero", batch_size=0)
     with pytest.raises(InputError, match="one vector an image"):

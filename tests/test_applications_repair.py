@@ -216,6 +216,10 @@ def test_images_that_are_gone_cannot_be_gone_through_again():
     options = {"how": "zero", "of": "representation", "skipping": True}
     with pytest.raises(InputError, match="many times"):
         repair.choose_total(model, iter(images.split(2)), ["L0H1"], labels, **options)
+    with pytest.raises(InputError, match="reference= are gone through many times"):
+        repair.choose_total(
+            model, images, ["L0H1"], labels, **{**options, "how": "mean"}, reference=iter((images + 1).split(2))
+        )
     whole, split = (
         repair.choose_total(model, given, ["L0H1"], labels, **options) for given in (images, images.split(2))
     )
@@ -595,6 +599,8 @@ def test_unknown_components_are_refused():
             repair.export(model, components=[label], reference=training)
     with pytest.raises(InputError, match="constant"):
         repair.export(model, components=["norm.bias"], reference=training)
+    with pytest.raises(InputError, match="a list of labels; got 'L0H1'"):
+        repair.export(model, components="L0H1", reference=training)
 
 
 def test_a_projection_without_bias_is_refused_by_name():

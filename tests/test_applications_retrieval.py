@@ -147,6 +147,12 @@ def test_no_image_is_found_for_itself_and_references_may_be_others():
     assert retrieval.precision_at(asked, labels["shape"], other_labels["shape"]).mean == 1
 
 
+def test_one_reference_is_one_id():
+    gallery = Gallery(["a", "b", "ab"], torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]))
+    assert by_image(gallery, "ab", k=1).queries == ("ab",)
+    assert by_image(gallery, "ab", k=1)["ab"][0][0] == "a"
+
+
 def test_batches_make_the_same_gallery():
     parts, _, _ = planted()
     pieces = (parts.images(slice(first, first + 50)) for first in (0, 50, 100))

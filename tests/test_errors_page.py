@@ -71,6 +71,21 @@ class Largest(nn.Module):
         return (x + nn.functional.gelu(self.body(x))).amax((2, 3))
 
 
+class Narrow(nn.Module):
+    """Takes values apart, and puts them together to half their width."""
+
+    def encode(self, x):
+        return x
+
+    def decode(self, latents):
+        return latents[..., : latents.shape[-1] // 2]
+
+
+def spliced(module):
+    with model().spliced({"blocks.3.hook_mlp_out": module}):
+        decompose(model(), images(), by="latent")
+
+
 def in_training():
     return HookedViT(testbed.load_original("deit").train().apply(drops))
 
@@ -100,6 +115,8 @@ CASES = {
     "An aligner for another cut": lambda _: parts("layer").map(testbed.aligner("deit")),
     "An aligner for another model": lambda _: decompose(testbed.load("dino"), images()).map(testbed.aligner("deit")),
     "Texts of another CLIP": lambda _: bank().check_space("CLIP-512-0123456789abcdef"),
+    "Latents where no module stands": lambda _: decompose(model(), images(), by="latent"),
+    "An autoencoder that does not fit": lambda _: spliced(Narrow()),
     "A component that is not there": lambda _: parts()["L9H1"],
     "A hook that is not there": lambda _: model().run_with_cache(images(), names_filter="blocks.0.attn.hook_patern"),
     "A class without adapter": lambda _: HookedViT(nn.Linear(2, 2)),

@@ -14,6 +14,7 @@ from vitdecomp_lens import HookedViT, testbed
 from vitdecomp_lens.applications.repair import GroupAccuracy
 from vitdecomp_lens.cli import main
 from vitdecomp_lens.clip import TextBank
+from vitdecomp_lens.commands import evaluate
 from vitdecomp_lens.decomposition import Decomposition
 from vitdecomp_lens.errors import InputError, StoreError, UnknownNameError
 from vitdecomp_lens.evaluation import carrying
@@ -25,6 +26,7 @@ from vitdecomp_lens.evaluation.published import published
 from vitdecomp_lens.evaluation.records import Record, Results, short
 from vitdecomp_lens.evaluation.running import Watch
 from vitdecomp_lens.evaluation.subjects import Subject, contributions
+from vitdecomp_lens.testbed.banks import objects
 
 
 def records(**values):
@@ -64,6 +66,9 @@ def test_runs_are_joined_once_each():
     assert (one + other).names("model") == ("a", "b")
     with pytest.raises(InputError, match="different runs"):
         one + one
+    again = Results(records(ours={"a": (0.3,)}), {"seeds": [0, 2]})
+    anew = (one + other).without(again) + again
+    assert (anew.mean(model="a"), anew.mean(model="b"), anew.made["seeds"]) == (0.3, 0.2, [0, 1, 2])
 
 
 @pytest.mark.parametrize(("number", "said"), [(0.9996, "1.000"), (0.5, ".500"), (-0.25, "-.250"), (12.0, "12.000")])
@@ -392,6 +397,13 @@ def test_the_command_writes_tables_and_joins_what_several_runs_found(tmp_path, c
     assert "| before | ." in (tmp_path / "both" / "results.md").read_text()
     assert main(["evaluate", "--join", found[0], found[0], "--out", str(tmp_path / "twice")]) == 2
     assert "different runs" in capsys.readouterr().err.replace("\n", " ")
+    # What is made again takes the place of what is there.
+    spoilt = tmp_path / "both" / "results.json"
+    Results(tuple(replace(one, value=0.0) if one.seed == 7 else one for one in both.records), both.made).save(spoilt)
+    assert main([*asked, "7", "--join", str(spoilt), "--out", str(tmp_path / "both")]) == 0
+    found_again = Results.load(spoilt)
+    assert sorted(found_again.records, key=repr) == sorted(both.records, key=repr)
+    assert found_again.made["seeds"] == [7, 8]
 
 
 @pytest.fixture
@@ -414,7 +426,9 @@ def scene_folder(tmp_path):
 OF_SCENES = ("--model", "testbed/deit", "--aligner", "testbed/deit", "--clip", "testbed/clip")
 
 
-def test_the_command_takes_photographs_with_masks_and_writes_on_them(scene_folder, capsys):
+def test_the_command_takes_photographs_with_masks_and_writes_on_them(scene_folder, capsys, monkeypatch):
+    known = evaluate._vocabulary
+    monkeypatch.setattr(evaluate, "_vocabulary", lambda words: (known(words)[0], objects()))
     folders = ["--images", str(scene_folder / "images"), "--masks", str(scene_folder / "masks")]
     out = scene_folder / "out"
     asked = ["ablation", "segmentation", "typographic"]
@@ -429,6 +443,13 @@ def test_the_command_takes_photographs_with_masks_and_writes_on_them(scene_folde
     assert {"written words", "their classes"} == set(found.where(task="texts").names("method"))
     assert "## Texts that no component carries" in (out / "results.md").read_text()
     assert "texts" in capsys.readouterr().out
+
+
+def test_of_the_testbeds_clip_no_text_is_random(scene_folder):
+    out = scene_folder / "out"
+    folders = ["--images", str(scene_folder / "images"), "--out", str(out)]
+    assert main(["evaluate", *OF_SCENES, *folders, "--tasks", "retrieval"]) == 0
+    assert Results.load(out / "results.json").names("task") == ("retrieval by text",)
 
 
 def test_a_classifier_is_segmented_without_texts(scene_folder):
@@ -451,7 +472,7 @@ def test_a_task_that_fails_is_told_and_the_others_are_there(scene_folder, capsys
     assert main(["evaluate", *OF_SCENES, *folders, "--tasks", "retrieval", "typographic"]) == 1
     assert "Failed: retrieval: No texts today." in " ".join(capsys.readouterr().err.split())
     found = Results.load(scene_folder / "out" / "results.json")
-    assert found.names("task") == ("typographic attack", "texts")
+    assert found.names("task") == ("typographic attack",)
     assert "**Failed: retrieval.** No texts today." in (scene_folder / "out" / "results.md").read_text()
 
 
@@ -481,6 +502,7 @@ def test_all_folders_are_looked_at_before_anything_is_computed(scene_folder, cap
         (["--images", "photographs"], "--images alone"),
         (["--model", "test_vit", "--images", "photographs", "--seeds", "1"], "--seeds is for the testbed"),
         (["--seeds", "1", "1"], "different seeds"),
+        (["--tasks", "retrieval", "--size", "100"], "more than 100 scenes for retrieval"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, said, tmp_path, capsys):

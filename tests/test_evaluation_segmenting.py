@@ -233,6 +233,8 @@ def test_without_photographs_of_known_classes_it_is_said(tmp_path):
     (tmp_path / "labels" / "0.txt").unlink()
     with pytest.raises(InputError, match="at least two photographs"):
         list(photographs(subject("deit"), *folders))
+    with pytest.raises(InputError, match=r"there is no '.*elsewhere'"):
+        list(photographs(subject("deit"), folders[0], tmp_path / "elsewhere"))
 
 
 def test_outlines_are_filled(tmp_path):

@@ -21,6 +21,7 @@ REAL = {
     "who_writes_the_logit": ["--model", "test_vit", "--photograph", "FILE"],
     "decompose_your_own_model": ["--model", "test_convnext", "--clip", SMALL_CLIP, "--photographs", "FOLDER"],
     "heatmaps_beside_each_other": ["--clip", SMALL_CLIP, "--photograph", "FILE", "--out", "FOLDER/maps.png"],
+    "splice_a_sparse_autoencoder": ["--model", "test_vit", "--photographs", "FOLDER"],
     "read_real_heads": ["--clip", SMALL_CLIP, "--photographs", "FOLDER", "--steps", "2", "--resamples", "2"],
 }
 

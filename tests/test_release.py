@@ -1,12 +1,14 @@
 """What is released: files, types, metadata; and that importing it is cheap and silent."""
 
 import email
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 import tarfile
+import typing
 import zipfile
 from pathlib import Path
 
@@ -208,14 +210,15 @@ reveal_type(model)
 reveal_type(model.token_grid(images))
 reveal_type(model.preprocess([]))
 parts = decompose(model, images, by="head")
+directions = torch.randn(2, parts.values.shape[-1])
 reveal_type(parts)
 reveal_type(parts.values)
 reveal_type(parts.components)
 reveal_type(parts.gap)
 reveal_type(parts["L0H1"])
 reveal_type(parts.select(kind="head"))
-reveal_type(attribute(model, images, parts.total))
-reveal_type(attribute_tokens(model, images, parts.total))
+reveal_type(attribute(model, images, directions))
+reveal_type(attribute_tokens(model, images, directions))
 reveal_type(verify(model).failures)
 """
 REVEALED = (
@@ -234,6 +237,26 @@ REVEALED = (
 )
 
 
+def public_functions():
+    """Every function and method of a public name that is written here."""
+    for name in vitdecomp_lens.__all__:
+        thing = getattr(vitdecomp_lens, name)
+        for key, member in vars(thing).items() if inspect.isclass(thing) else [("", thing)]:
+            member = getattr(member, "fget", None) or getattr(member, "func", None) or getattr(member, "__func__", member)
+            here = inspect.isfunction(member) and member.__module__.startswith("vitdecomp_lens")
+            if here and (not key.startswith("_") or key == "__getitem__"):
+                yield pytest.param(member, id=f"{name}.{key}".rstrip("."))
+
+
+@pytest.mark.parametrize("function", list(public_functions()))
+def test_every_argument_and_return_of_a_public_name_has_a_type(function):
+    hints = typing.get_type_hints(function)
+    taken = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+    assert set(taken) - hints.keys() == set()
+    assert "return" in hints
+
+
+@pytest.mark.sweep  # mypy reads timm and torch first: about a minute
 def test_a_script_of_a_user_is_typed_strictly(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TYPED)

@@ -159,8 +159,9 @@ def test_what_cannot_be_answered_is_refused():
     model, images = deep("class token")
     with pytest.raises(UnknownNameError, match=r"no head or attention 'L7H0' to go through"):
         second_order(model, images, through=["L7H0"])
-    with pytest.raises(InputError, match=r"through= must be 'head', 'layer' or labels"):
-        second_order(model, images, through="heads")
+    for through in ("heads", "", []):
+        with pytest.raises(InputError, match=r"through= must be 'head', 'layer' or labels"):
+            second_order(model, images, through=through)
     with pytest.raises(UnknownNameError, match=r"no component 'mlp.2' before any head"):
         second_order(model, images, components=["mlp.2"])
     with pytest.raises(CapacityError, match=r"carrier component batch direction"):

@@ -308,6 +308,9 @@ def test_what_cannot_stand_in_a_model_is_refused():
     for message, (error, modules) in cases.items():
         with pytest.raises(error, match=message), model.spliced(modules):
             pass
+    unfit = pytest.raises(InputError, match=r"Expected a mapping from hooks to modules.*got list")
+    with as_users_run_it(), unfit, model.spliced([(MLP, Autoencoder(32))]):
+        pass
     with model.spliced({MLP: Autoencoder(32)}):
         for hook, message in ((MLP, "stands at .* already"), (f"{MLP}.hook_latents", "is of a spliced module")):
             with pytest.raises(InputError, match=message), model.spliced({hook: Autoencoder(32)}):
@@ -321,7 +324,7 @@ def test_what_cannot_stand_in_a_model_is_refused():
 
 def test_latents_that_write_nothing_directly_are_refused():
     model, images = tiny()
-    with pytest.raises(InputError, match=r"by='latent' needs a module"):
+    with pytest.raises(InputError, match=r"by='latent' needs a module.*with model.spliced\("):
         decompose(model, images, by="latent")
     with model.spliced({"blocks.0.mlp.hook_pre": Autoencoder(128)}):
         with pytest.raises(InputError, match=r"No latent at blocks.0.mlp.hook_pre writes directly"):
@@ -337,6 +340,6 @@ def test_a_decoder_that_is_not_affine_is_refused():
     model, images = tiny()
     with (
         model.spliced({MLP: Bent(32)}),
-        pytest.raises(IncompleteCutError, match=r"tanh"),
+        pytest.raises(IncompleteCutError, match=rf"(?s)tanh.*at {MLP}: what its decode makes must be affine"),
     ):
         decompose(model, images, by="latent")

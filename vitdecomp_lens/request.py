@@ -16,7 +16,14 @@ from vitdecomp_lens.components import PLAIN, By, Component, Point
 from vitdecomp_lens.coverage import Coverage, Stop, branch_of
 from vitdecomp_lens.decomposable import Decomposable
 from vitdecomp_lens.decomposition import ComponentMaps, Decomposition, OfOneModel, rows_of_maps
-from vitdecomp_lens.errors import CapacityError, InputError, UnknownNameError, VitDecompWarning, near_matches
+from vitdecomp_lens.errors import (
+    CapacityError,
+    IncompleteCutError,
+    InputError,
+    UnknownNameError,
+    VitDecompWarning,
+    near_matches,
+)
 from vitdecomp_lens.foreign import Foreign
 from vitdecomp_lens.frozen.compiled import CompiledCut, OwnDirections, Reads, in_full_precision
 from vitdecomp_lens.frozen.fingerprint import fingerprint
@@ -212,7 +219,8 @@ def make_request(
     if by == "latent" and not splices_of(hook_points(model)):
         raise InputError(
             "by='latent' needs a module whose latents are components, and none stands in this model. Put one in:"
-            " with HookedViT(model).spliced({'blocks.2.hook_mlp_out': autoencoder}) as spliced: decompose(spliced, ...)"
+            " with model.spliced({'blocks.2.hook_mlp_out': autoencoder}): decompose(model, images, by='latent'). A HookedViT"
+            " has that; wrap another module first, HookedViT(module)."
         )
     if isinstance(model, Decomposable):
         model.check_images(images)
@@ -240,7 +248,15 @@ def make_request(
     dtype = wide(images.dtype if directions is None else directions.dtype)
     splits = {p.hook: p.axis for p in points}
     whole = None if through is not None else directions
-    program = graph.program(cut, splits=splits, through=changed, directions=whole, dtype=dtype)
+    try:
+        program = graph.program(cut, splits=splits, through=changed, directions=whole, dtype=dtype)
+    except IncompleteCutError as error:
+        if not (spliced := splices_of(subject.hook_dict)):
+            raise
+        raise IncompleteCutError(
+            f"{error} A module stands at {', '.join(spliced)}: what its decode makes must be affine in the latents, a"
+            " matrix and a bias."
+        ) from error
     request = Request(model, subject, images, by, of, points, changed, graph, cut, program, directions, tokens)
     if through is not None:
         request = _read_through(through, request)

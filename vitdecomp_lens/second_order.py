@@ -275,6 +275,7 @@ def _carriers(request: Request, through: ThroughWhat) -> dict[Carrier, list[Comp
     Raises:
         UnsupportedModelError: If attention is nowhere read at values.
         UnknownNameError: If there is no such head or layer.
+        InputError: If none is named.
     """
     heads: dict[Carrier, Component] = {}
     layers: dict[Carrier, Component] = {}
@@ -286,12 +287,13 @@ def _carriers(request: Request, through: ThroughWhat) -> dict[Carrier, list[Comp
             heads[carrier], layers[carrier] = head, point.component
     if not heads:
         raise UnsupportedModelError(
-            f"{type(request.module).__name__} does not say where the values of its attention heads are. Wrap it:"
-            " HookedViT(model); or give your own HookPoints TransformerLens' names, blocks.0.attn.hook_v."
+            f"{type(request.module).__name__} does not say where the values of its attention heads are. If it has"
+            " attention, wrap it: HookedViT(model); or give your own HookPoints TransformerLens' names,"
+            " blocks.0.attn.hook_v."
         )
+    if not through or (isinstance(through, str) and through not in ("head", "layer")):
+        raise InputError(f"through= must be 'head', 'layer' or labels of these, such as ['L3H1']; got {through!r}.")
     if isinstance(through, str):
-        if through not in ("head", "layer"):
-            raise InputError(f"through= must be 'head', 'layer' or labels of these, such as ['L3H1']; got {through!r}.")
         return {carrier: [one] for carrier, one in (heads if through == "head" else layers).items()}
     known = {component.label for component in (*heads.values(), *layers.values())}
     for label in through:

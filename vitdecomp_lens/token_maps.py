@@ -12,6 +12,7 @@ from torch import Tensor
 from vitdecomp_lens.capture import Captured
 from vitdecomp_lens.components import Component, Point, TokenGrid
 from vitdecomp_lens.decomposition import Attribution
+from vitdecomp_lens.errors import InputError
 from vitdecomp_lens.frozen.rules import sizes
 from vitdecomp_lens.gap import summed
 from vitdecomp_lens.request import Request, refuse_too_large
@@ -58,7 +59,7 @@ class TokenMaps:
     ) -> tuple[dict[TokenGrid, _Block], dict[str, _Block]]:
         """Room for the scores, by token grid; and where those of a point go."""
         request, program = self.request, self.request.program
-        grids = {point.hook: request.model.token_grid(request.images, point.hook) for point in self.tokened}
+        grids = {point.hook: self._grid_at(point) for point in self.tokened}
         rows: dict[TokenGrid, list[Component]] = {grid: [] for grid in grids.values()}
         grid_of = {c: grids[point.hook] for point in self.tokened for c in request.components_of(point)}
         for component in wanted:
@@ -73,6 +74,23 @@ class TokenMaps:
             values = torch.empty(len(components), batch, len(grid), count, dtype=program.dtype, device=program.device)
             blocks[grid] = _Block(grid, {component: row for row, component in enumerate(components)}, values)
         return blocks, {hook: blocks[grid] for hook, grid in grids.items()}
+
+    def _grid_at(self, point: Point) -> TokenGrid:
+        """The tokens of a point's value.
+
+        Raises:
+            InputError: If an adapter names others than the value has.
+        """
+        model, graph, axis = self.request.model, self.request.graph, point.token_axis or 1
+        grid = model.token_grid(self.request.images, point.hook)
+        found = sizes(graph.points[point.hook])[axis] + point.skipped_tokens
+        if model.token_order(point.hook) is None and found != len(grid):  # else the grid was found in the graph
+            raise InputError(
+                f"Expected at {point.hook} the {len(grid)} tokens that model.token_grid names there,"
+                f" {len(grid.prefix)} and then {grid.rows} × {grid.columns} patches; the value has {found}. Correct"
+                " prefix, patch_grid or grid_of in the model's adapter."
+            )
+        return grid
 
     @property
     def reads(self) -> list[str]:

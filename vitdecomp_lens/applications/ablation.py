@@ -153,7 +153,8 @@ def direct(
     """
     taken = _chosen(parts.components, components, kind, layer)
     labels_in_order, by = in_order(taken, order, feature=feature, seed=seed)
-    ordered = labels_in_order[:most]
+    ordered = _first(labels_in_order, most)
+    _refuse_unlabelled(labels, parts.values.shape[1])
     steps = direct_steps(parts, ordered, classifier=classifier, how=how, reference=reference, seed=seed)
     return _curve(steps, labels, measure, ordered, "direct", how, by, seed)
 
@@ -216,7 +217,8 @@ def total(
         raise InputError("Expected at least one batch of images; got none.")
     known = decompose(model, batches[0][:1], by=by).components
     labels_in_order, ordered_by = in_order(_chosen(known, components, kind, layer), order, feature=feature, seed=seed)
-    ordered = labels_in_order[:most]
+    ordered = _first(labels_in_order, most)
+    _refuse_unlabelled(labels, sum(map(len, batches)))
     options: dict[str, Any] = {"how": how, "reference": reference, "seed": seed, "batch_size": batch_size}
     steps = total_steps(model, batches, ordered, classifier=classifier, of=of, **options)
     return _curve(steps, labels, measure, ordered, "total", how, ordered_by, seed)
@@ -294,6 +296,17 @@ def _chosen(
     return [able[row] for row in chosen(able, labels, {"kind": kind, "layer": layer})]
 
 
+def _first(labels: tuple[str, ...], most: int | None) -> tuple[str, ...]:
+    if most is not None and most < 0:
+        raise InputError(f"Expected most= as a number of components, from 0 on; got {most}.")
+    return labels[:most]
+
+
+def _refuse_unlabelled(labels: Tensor, images: int) -> None:
+    if len(labels) != images:
+        raise InputError(f"Expected a label for each of the {images} images; got {len(labels)}.")
+
+
 def _curve(
     steps: Float[Tensor, "step batch class"],
     labels: Tensor,
@@ -304,8 +317,6 @@ def _curve(
     order: str,
     seed: int,
 ) -> AblationCurve:
-    if len(labels) != steps.shape[1]:
-        raise InputError(f"Expected a label for each of the {steps.shape[1]} images; got {len(labels)}.")
     values = tuple(float(measure(step, labels)) for step in steps)
     name = getattr(measure, "__name__", type(measure).__name__)
     return AblationCurve(tuple(components), values, effect, how, order, seed, name, steps.shape[1])

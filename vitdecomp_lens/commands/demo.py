@@ -65,6 +65,17 @@ def run(options: argparse.Namespace, errors: Console) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(options.out, error) from error
+    with _one_thread():
+        tables().print(_steps(options, errors))
+    if not can_draw():
+        errors.print(Text(INSTALL), soft_wrap=True)
+    page = printable(str(options.out / PAGE))
+    tables().print(Text(f"Now open {page} in a browser. Pictures lie beside it."), soft_wrap=True)
+    return 0
+
+
+def _steps(options: argparse.Namespace, errors: Console) -> Table:
+    """All of them, one after the other."""
     table = Table("step", "what", "value", "held against")
     with _timed(errors, "Load two trained models, an aligner, and texts."):
         world = World(options.size, options.seed, options.out)
@@ -75,12 +86,18 @@ def run(options: argparse.Namespace, errors: Console) -> int:
         for place, row in enumerate(rows):
             name = "" if place else told.partition(":")[0].lower()
             table.add_row(name, Text(row.what), _number(row.value), row.against)
-    tables().print(table)
-    if not can_draw():
-        errors.print(Text(INSTALL), soft_wrap=True)
-    page = printable(str(options.out / PAGE))
-    tables().print(Text(f"Now open {page} in a browser. Pictures lie beside it."), soft_wrap=True)
-    return 0
+    return table
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models this small win nothing by more; and on a busy machine, threads that wait for each other take minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

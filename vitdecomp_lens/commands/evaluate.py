@@ -56,7 +56,10 @@ def add_to(commands: Any) -> None:
     outlines = "images and labels: outlines of COCO's classes in YOLO's form, for a classifier of ImageNet's"
     parser.add_argument("--outlines", type=Path, metavar="DIR", help=outlines)
     parser.add_argument("--device", metavar="DEVICE", help="where models run, such as cuda:1 (cpu)")
-    joined = "results.json of earlier runs, to put into the same tables; alone, nothing else is evaluated"
+    joined = (
+        "results.json of earlier runs, to put into the same tables, but for what is measured again; alone, nothing "
+        "else is evaluated"
+    )
     parser.add_argument("--join", type=Path, nargs="+", default=[], metavar="FILE", help=joined)
     parser.set_defaults(run=run)
 
@@ -77,10 +80,10 @@ def run(options: argparse.Namespace, errors: Console) -> int:
         raise InputError(
             f"--{drawn[0]} is for the testbed, and --{own[0]} for photographs of your own; give one of them."
         )
-    earlier = [Results.load(path) for path in options.join]
+    earlier = functools.reduce(operator.add, map(Results.load, options.join), Results((), {}))
     failed: dict[str, str] = {}
-    if earlier and not (own or drawn or options.tasks):
-        found = functools.reduce(operator.add, earlier)
+    if options.join and not (own or drawn or options.tasks):
+        found = earlier
     else:
         found = _found(options, earlier, failed, errors)
     out = tables()
@@ -92,14 +95,12 @@ def run(options: argparse.Namespace, errors: Console) -> int:
     return 1 if failed else 0
 
 
-def _found(
-    options: argparse.Namespace, earlier: "Sequence[Results]", failed: dict[str, str], errors: Console
-) -> "Results":
-    """What is measured now, beside what was before; both are kept after each task."""
+def _found(options: argparse.Namespace, earlier: "Results", failed: dict[str, str], errors: Console) -> "Results":
+    """What is measured now, beside what was before and is not measured again; both are kept after each task."""
     from vitdecomp_lens.evaluation import running
 
     def joined(found: "Results") -> "Results":
-        return functools.reduce(operator.add, [*earlier, found])
+        return earlier.without(found) + found
 
     def keep(found: "Results") -> None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +143,7 @@ def _of_ones_own(options: argparse.Namespace, errors: Console, watch: "Watch") -
     itself = weights_hash(model) == weights_hash(clip)
     if itself == (options.aligner is not None):
         wanted = "no aligner for the CLIP itself" if itself else "--aligner FILE, which takes contributions to the CLIP"
-        raise InputError(f"Expected {wanted}; got {options.aligner!r}. 'vitdecomp-lens align' makes one.")
+        raise InputError(f"Expected {wanted}; got {options.aligner or 'none'}. 'vitdecomp-lens align' makes one.")
     aligner = None if itself else load_aligner(options.aligner)
 
     def texts(several: Sequence[str]) -> TextBank:
@@ -155,7 +156,10 @@ def _of_ones_own(options: argparse.Namespace, errors: Console, watch: "Watch") -
 
 
 def _vocabulary(words: Words) -> "tuple[Vocabulary, Sequence[str]]":
-    """The texts that tasks ask for, and random ones, of words that the CLIP knows."""
+    """The texts that tasks ask for, and random ones, of words that the CLIP knows.
+
+    The testbed's CLIP knows no words but those that scenes show: none of them is random.
+    """
     from vitdecomp_lens.evaluation.running import Vocabulary
 
     if not words.of_testbed:
@@ -166,7 +170,7 @@ def _vocabulary(words: Words) -> "tuple[Vocabulary, Sequence[str]]":
     known = dict(of_testbed.features())
     birds = {"core": known["shape"], "spurious": known["background"]}
     written = known.pop("word")[0].rpartition(" ")[0]
-    return Vocabulary(known, birds, f"{written} {{}}"), of_testbed.objects()
+    return Vocabulary(known, birds, f"{written} {{}}"), ()
 
 
 def _no_texts(several: Sequence[str]) -> TextBank:

@@ -62,11 +62,16 @@ class Results:
         if twice := {_named(one) for one in self.records} & {_named(one) for one in other.records}:
             raise InputError(f"Expected results of different runs; both hold {sorted(map(str, twice))[0]}.")
         made = {
-            name: [*(known if isinstance(known, list) else [known]), *(new if isinstance(new, list) else [new])]
+            name: list(dict.fromkeys([*_several(known), *_several(new)]))
             for name, new in other.made.items()
             if (known := self.made.get(name, new)) != new
         }
         return Results(self.records + other.records, {**self.made, **other.made, **made})
+
+    def without(self, other: "Results") -> "Results":
+        """Those records of which the other results hold none of the same name, whatever the numbers."""
+        held = {_named(one) for one in other.records}
+        return replace(self, records=tuple(one for one in self.records if _named(one) not in held))
 
     def where(self, **wanted: Any) -> "Results":
         """Those records whose fields are these.
@@ -175,6 +180,10 @@ def short(number: float) -> str:
     """Three decimals, without a leading zero."""
     said = f"{number:.3f}"
     return said.replace("0.", ".", 1) if abs(number) < 1 and not said.lstrip("-").startswith("1") else said
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _named(record: Record) -> tuple[Any, ...]:

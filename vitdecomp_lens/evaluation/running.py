@@ -119,7 +119,7 @@ def on_testbed(
 
     Raises:
         UnknownNameError: If there is no such task or model.
-        InputError: If a seed is none, or there are fewer than 100 scenes.
+        InputError: If a seed is none, or there are fewer than 100 scenes; for retrieval, not more than 100.
         VitDecompError: As a task that fails, unless the watch wants to be told.
 
     Example:
@@ -131,6 +131,10 @@ def on_testbed(
     if size < 100 or not seeds or len(set(seeds)) < len(seeds) or any(not 0 <= seed <= 9 for seed in seeds):
         raise InputError(
             f"Expected size= of at least 100 scenes and different seeds from 0 to 9; got {size} and {list(seeds)}."
+        )
+    if "retrieval" in tasks and size <= (deep := retrieving.RetrievalProtocol().deep):
+        raise InputError(
+            f"Expected size= of more than {deep} scenes for retrieval, which looks at {deep} found; got {size}."
         )
     steps, count = _of_testbed(tasks, models, seeds, size, device), len(tasks) * len(models) * len(seeds)
     return watch.run(steps, count, {**_made(), "seeds": list(seeds), "scenes of each split": size})

@@ -19,6 +19,7 @@ from torch import Tensor
 from vitdecomp_lens.applications import heatmap
 from vitdecomp_lens.applications.heatmap import Heatmaps, Segmentation
 from vitdecomp_lens.applications.heatmap.segmenting import Threshold
+from vitdecomp_lens.collecting.images import SUFFIXES
 from vitdecomp_lens.errors import InputError, UnsupportedModelError
 from vitdecomp_lens.evaluation.coco import IMAGENET_KINDS, outlines
 from vitdecomp_lens.evaluation.reading import Read, Reading, reading
@@ -134,9 +135,9 @@ def photographs(
 
     Args:
         subject: With a classifier.
-        images: A folder of JPEG files.
-        labels: A folder of files of the same names, ending in ``.txt``: a line an object, the number of its class and
-            then its outline, x and y in turn, as shares of width and height (YOLO's form).
+        images: A folder of photographs.
+        labels: A folder of files of the same names, but ending in ``.txt``: a line an object, the number of its class
+            and then its outline, x and y in turn, as shares of width and height (YOLO's form).
         kinds: For each class, the classes of the model that are kinds of it; others are left out.
         protocol: What is fixed in advance.
 
@@ -169,9 +170,13 @@ def check_outlines(
         kinds: Which of the model's classes they are.
 
     Raises:
-        InputError: Where fewer than two photographs have outlines of known classes, an outline is none, or the model
-            has not those classes.
+        InputError: Where a folder is missing, fewer than two photographs have outlines of known classes, an outline is
+            none, or the model has not those classes.
     """
+    if missing := [folder for folder in (images, labels) if not folder.is_dir()]:
+        raise InputError(
+            f"Expected a folder with images and labels, outlines under the same names; there is no {str(missing[0])!r}."
+        )
     known = [path for path in _outlined(images, labels) if outlines(labels / f"{path.stem}.txt", (1, 1)).keys() & kinds]
     if len(known) < 2:
         raise InputError(f"Expected at least two photographs in {str(images)!r} with outlines of known classes.")
@@ -181,7 +186,8 @@ def check_outlines(
 
 def _outlined(images: Path, labels: Path) -> list[Path]:
     """The photographs that have a file of outlines."""
-    return [path for path in sorted(images.glob("*.jpg")) if (labels / f"{path.stem}.txt").is_file()]
+    pictures = (path for path in sorted(images.iterdir()) if path.suffix.lower() in SUFFIXES)
+    return [path for path in pictures if (labels / f"{path.stem}.txt").is_file()]
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------

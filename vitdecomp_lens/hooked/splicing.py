@@ -94,7 +94,7 @@ class Splice:
         try:
             made = function(given)
         except RuntimeError as error:  # torch's, of widths that do not fit
-            raise self._unfit(name, value, f"it failed: {str(error).strip().splitlines()[0]}") from error
+            raise self._unfit(name, value, f"it failed: {str(error).strip().splitlines()[0].rstrip('.')}") from error
         if not isinstance(made, Tensor):
             raise self._unfit(name, value, f"it gave {type(made).__name__}, not a tensor")
         return made
@@ -127,6 +127,11 @@ def splicing(
         UnknownNameError: If there is no such hook.
         InputError: If a module cannot stand there.
     """
+    if not isinstance(modules, Mapping):
+        raise InputError(
+            f"Expected a mapping from hooks to modules, {{'blocks.2.hook_mlp_out': autoencoder}}; got"
+            f" {type(modules).__name__}."
+        )
     for hook, module in modules.items():
         _check_place(hook, points)
         _check_module(hook, module, weight)

@@ -217,8 +217,12 @@ def choose_total(
         >>> len(choose_total(model, images, ["L1H0", "mlp.0"], labels, of="logits", reference=training).steps)
         3
     """
-    if skipping and not isinstance(images, Tensor | list | tuple):
-        raise InputError("With skipping=True images are gone through many times: give a tensor or a list of batches.")
+    for name, given in {"images": images, "reference=": ablation.get("reference")}.items():
+        if skipping and not isinstance(given, Tensor | list | tuple | Reference | None):
+            raise InputError(
+                f"With skipping=True {name} are gone through many times: give a tensor or a list of batches; got"
+                f" {type(given).__name__}."
+            )
     judged = _in_run(model, images, labels, groups, ablation)
     return judged.choose(ranking, _Aim(most, criterion, slack, sparing or {}, skipping))
 

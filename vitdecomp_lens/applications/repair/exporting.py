@@ -73,7 +73,7 @@ def export(
         >>> torch.allclose(plain(images), ablated, atol=1e-4)
         True
     """
-    _refuse_unfit(model, how)
+    _refuse_unfit(model, how, components)
     example, reference = _example(model, reference)
     if how == "mean":
         if reference is None:
@@ -99,7 +99,9 @@ def export(
     return state
 
 
-def _refuse_unfit(model: nn.Module, how: str) -> None:
+def _refuse_unfit(model: nn.Module, how: str, components: Sequence[str]) -> None:
+    if isinstance(components, str):
+        raise InputError(f"Expected components as a list of labels; got {components!r}.")
     if not isinstance(model, HookedViT):
         raise UnsupportedModelError(
             f"Weights are exported of a HookedViT, which knows what it wraps; got {type(model).__name__}. Wrap the"

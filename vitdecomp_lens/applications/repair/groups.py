@@ -57,7 +57,8 @@ class Groups:
         """A group for each combination of values, whether an image has it or not.
 
         Args:
-            **attributes: Values of each attribute, numbered from 0, for all images.
+            **attributes: Values of each attribute, numbered from 0, for all images. They go up to the highest that any
+                image has; where a higher one is not to be missed, name the groups yourself: ``Groups(numbers, names)``.
 
         Raises:
             InputError: If attributes have different lengths, or values below 0.

@@ -178,11 +178,12 @@ class Gallery:
         return {one: place for place, one in enumerate(self.ids)}
 
     def places(self, ids: Sequence[str]) -> list[int]:
-        """The numbers of images by their ids.
+        """The numbers of images by their ids, or of one by its id.
 
         Raises:
             UnknownNameError: Where there is no such image.
         """
+        ids = [ids] if isinstance(ids, str) else ids
         for one in ids:
             if one not in self._places:
                 raise UnknownNameError(f"There is no image {one!r} in the gallery; {near_matches(one, self.ids)}")
@@ -333,7 +334,7 @@ class Gallery:
             UnknownNameError: Where there is no such image.
         """
         rows = self.places(ids)
-        return replace(self, ids=tuple(ids), vectors=self.vectors[rows])
+        return replace(self, ids=tuple(self.ids[row] for row in rows), vectors=self.vectors[rows])
 
 
 def _best(
