@@ -104,8 +104,8 @@ def loaded(options: argparse.Namespace) -> tuple[HookedViT, Tensor, TextBank]:
         return testbed.load("clip"), testbed.normalised(scenes.images(range(options.images))), bank
     model = HookedViT.from_timm(options.model, pretrained=options.pretrained)
     files = sorted(path for path in options.photographs.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    names = ClassNames.of(model.W_U.shape[1])  # of ImageNet; two classes may share a name: their numbers tell them apart
-    texts = [f"{names.names[n]} ({n})" for n in range(model.W_U.shape[1])]
+    names = ClassNames.of(model.W_U.shape[1]).names
+    texts = [f"{name} ({number})" for number, name in enumerate(names)]  # two classes may share a name
     bank = TextBank(texts, model.W_U.T.detach(), space="classifier").centred()
     return model, model.preprocess(files[: options.images]), bank
 

@@ -242,7 +242,8 @@ def public_functions():
     for name in vitdecomp_lens.__all__:
         thing = getattr(vitdecomp_lens, name)
         for key, member in vars(thing).items() if inspect.isclass(thing) else [("", thing)]:
-            member = getattr(member, "fget", None) or getattr(member, "func", None) or getattr(member, "__func__", member)
+            for inside in ("fget", "func", "__func__"):  # of properties, cached ones, class methods
+                member = getattr(member, inside, member)
             here = inspect.isfunction(member) and member.__module__.startswith("vitdecomp_lens")
             if here and (not key.startswith("_") or key == "__getitem__"):
                 yield pytest.param(member, id=f"{name}.{key}".rstrip("."))

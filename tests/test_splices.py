@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from labelled_samples import as_users_run_it
 from tiny_models import TINY_MODELS, images_for
 from torch import nn
 from transformer_lens import HookedRootModule

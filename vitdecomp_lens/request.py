@@ -219,8 +219,8 @@ def make_request(
     if by == "latent" and not splices_of(hook_points(model)):
         raise InputError(
             "by='latent' needs a module whose latents are components, and none stands in this model. Put one in:"
-            " with model.spliced({'blocks.2.hook_mlp_out': autoencoder}): decompose(model, images, by='latent'). A HookedViT"
-            " has that; wrap another module first, HookedViT(module)."
+            " with model.spliced({'blocks.2.hook_mlp_out': autoencoder}): decompose(model, images, by='latent'). A"
+            " HookedViT has that; wrap another module first, HookedViT(module)."
         )
     if isinstance(model, Decomposable):
         model.check_images(images)

@@ -73,10 +73,24 @@ class SecondOrder(Generic[L]):
 
     @cached_property
     def summed(self) -> L:
-        """What every component writes through any of the carriers, which sum to their direct effects."""
+        """What every component writes through any of the carriers, which sum to their direct effects.
+
+        Raises:
+            InputError: If a head and its layer's attention are both among the carriers, and would count twice.
+        """
+        layers = {(one.layer, one.name): one.label for one in self.carriers if one.kind == "attn"}
+        for one in self.carriers:
+            if one.kind == "head" and (one.layer, one.name) in layers:
+                whole = layers[one.layer, one.name]
+                raise InputError(
+                    f"What goes through {one.label} goes through {whole}, and would count twice. Ask for one of them,"
+                    " with through=, or add up those that you want."
+                )
+        through = {"through": ", ".join(self.labels)}
         values = torch.stack([part.values for part in self.parts]).sum(0)
         totals = [part.total for part in self.parts if part.total is not None]
-        return replace(self.parts[0], values=values, total=torch.stack(totals).sum(0) if totals else None)
+        total = torch.stack(totals).sum(0) if totals else None
+        return replace(self.parts[0], values=values, total=total, metadata={**self.parts[0].metadata, **through})
 
 
 def second_order(
