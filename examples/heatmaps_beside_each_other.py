@@ -138,6 +138,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if (options.clip is None) != (options.photograph is None):
         parser.error("--clip and --photograph go together")
+    if options.scenes < 1:
+        parser.error(f"--scenes takes a number of at least 1; got {options.scenes}")
     model, bank, asked = of_scenes(options.scenes) if options.clip is None else of_photograph(options)
     maps = maps_of(model, bank, asked)
     tell(maps, asked, bank.texts)

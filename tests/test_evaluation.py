@@ -502,6 +502,8 @@ def test_all_folders_are_looked_at_before_anything_is_computed(scene_folder, cap
         (["--images", "photographs"], "--images alone"),
         (["--model", "test_vit", "--images", "photographs", "--seeds", "1"], "--seeds is for the testbed"),
         (["--seeds", "1", "1"], "different seeds"),
+        (["--seeds", "1", "--clip-pretrained", "openai"], "--clip-pretrained is for a model of your own"),
+        (["--tasks", "segmentation", "--pretrained"], "--pretrained is for a model of your own"),
         (["--tasks", "retrieval", "--size", "100"], "more than 100 scenes for retrieval"),
     ],
 )

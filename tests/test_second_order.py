@@ -111,7 +111,7 @@ def test_a_layer_is_the_sum_of_its_heads_and_all_of_them_sum_up():
     assert layers.summed.metadata["through"] == "attn.0, attn.1, attn.2"
     both = second_order(model, images, through=["attn.2", "L1H0", "L2H1"])
     with pytest.raises(InputError, match=r"through L2H1 goes through attn.2, and would count twice"):
-        both.summed
+        _ = both.summed
 
 
 def test_scores_are_those_of_the_vectors():

@@ -169,7 +169,7 @@ class Request:
         """Modules in the stream that is met: nothing behind them writes directly."""
         whole = [point.component for point in self.met if point.component.kind == "latent"]
         return [
-            Stop("splice", str(component.name), "latents and error are given, so that nothing behind writes directly")
+            Stop("splice", str(component.name), "latents and error are given: nothing before it writes directly")
             for component in whole
             if branch_of(component) is None
         ]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 TASKS = ("ablation", "retrieval", "segmentation", "spurious", "typographic")
 DRAWN = ("models", "seeds", "size")  # options that say what is drawn of the testbed
+# Options that say how the model is made, and read.
+MADE = ("open_clip", "pretrained", "weights", "num_classes", "clip", "clip_pretrained", "text_cache", "aligner")
 OWN = ("images", "masks", "waterbirds", "outlines")  # options that name data of one's own
 
 
@@ -75,6 +77,10 @@ def run(options: argparse.Namespace, errors: Console) -> int:
         raise InputError(
             f"Expected --model with photographs to evaluate it on (--images, --waterbirds), or neither for the "
             f"testbed; got {'--' + own[0] if own else '--model'} alone."
+        )
+    if options.model is None and (made := [name for name in MADE if getattr(options, name) not in (None, False)]):
+        raise InputError(
+            f"--{made[0].replace('_', '-')} is for a model of your own: expected --model and photographs with it."
         )
     if own and drawn:
         raise InputError(

@@ -272,7 +272,7 @@ class HookedViT(HookedRootModule):
         In `decompose` and the other requests latents and error are given, as nonlinear outputs are. With
         ``by="latent"`` each latent is a component, ``latent17@<hook>``, and heads are told apart elsewhere; otherwise
         those of a module are one, ``latents@<hook>``. The error is ``error@<hook>``, and the decoder's bias a constant.
-        Behind a module at the residual stream nothing writes directly.
+        Blocks before a module at the residual stream write nothing directly any more.
 
         Args:
             modules: For each hook a module with ``encode(x)`` and ``decode(latents)``, of which the second is affine.
