@@ -4,9 +4,10 @@ Offline, with the testbed's CLIP and a drawn scene::
 
     python examples/concept_tree.py
 
-With a ViT-Tiny of ImageNet, a photograph, and the hierarchy of WordNet (on Debian: ``apt install wordnet-base``). The
-classifier's directions are the bank; FOLDER holds ``vit_tiny_patch16_224.safetensors`` and ``imagenet/*.jpg``::
+With a classifier of ImageNet, a photograph, and the hierarchy of WordNet (on Debian: ``apt install wordnet-base``). The
+classifier's directions are the bank; FOLDER holds ``imagenet/*.jpg``, and, without ``--pretrained``, the weights::
 
+    python examples/concept_tree.py --imagenet FOLDER --model deit_base_patch16_224 --pretrained
     python examples/concept_tree.py --imagenet FOLDER [--photograph FILE] [--wordnet /usr/share/wordnet]
 
 With ``--table``, in place of one photograph all of them: how often the largest concept of a level is the right one::
@@ -32,6 +33,7 @@ from vitdecomp_lens.interpret.describing import describe
 from vitdecomp_lens.interpret.hierarchy import SIGNS, ConceptTree, decompose_by_concepts
 from vitdecomp_lens.testbed.banks import TEMPLATES, features, text_bank
 
+MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 KINDS = {
     "shape": {"round": ("circle", "heart", "ring", "moon"), "angular": ("square", "triangle", "star", "cross")},
     "colour": {"warm": ("red", "orange", "yellow"), "cold": ("green", "blue", "purple"), "grey": ("white", "black")},
@@ -123,7 +125,7 @@ def wordnet_tree(folder: Path, names: list[str], synsets: list[str]) -> ConceptT
 
 @dataclass(frozen=True)
 class ImageNet:
-    """A ViT-Tiny, its classifier's directions as a bank, the classes as a tree, and photographs."""
+    """A model, its classifier's directions as a bank, the classes as a tree, and photographs."""
 
     original: Any
     bank: TextBank
@@ -131,21 +133,22 @@ class ImageNet:
     photographs: Sequence[Path]
 
     @classmethod
-    def of(cls, folder: Path, wordnet: Path) -> "ImageNet":
-        """Read all of it."""
+    def of(cls, folder: Path, wordnet: Path, model: str, pretrained: bool) -> "ImageNet":
+        """Read all of it; without timm's own weights, those in the folder."""
         import timm
         from safetensors.torch import load_file
         from timm.data import ImageNetInfo
 
-        original = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=False).eval()
-        original.load_state_dict(load_file(folder / "vit_tiny_patch16_224.safetensors"))
+        original = timm.create_model(model, pretrained=pretrained).eval()
+        if not pretrained:
+            original.load_state_dict(load_file(folder / f"{model.partition('.')[0]}.safetensors"))
         info = ImageNetInfo()
         synsets = [info.index_to_label_name(number) for number in range(1000)]
         short = [info.index_to_description(number).split(",")[0] for number in range(1000)]
         names = [
             f"{name} ({synset})" if short.count(name) > 1 else name for name, synset in zip(short, synsets, strict=True)
         ]
-        bank = TextBank(names, original.head.weight.detach(), space="ViT-Tiny's classifier")
+        bank = TextBank(names, original.get_classifier().weight.detach(), space=f"the classifier of {model}")
         photographs = sorted((folder / "imagenet").glob("*.jpg"))
         return cls(original, bank, wordnet_tree(wordnet, names, synsets), photographs)
 
@@ -170,7 +173,7 @@ def of_all_photographs(imagenet: ImageNet) -> None:
         for first in range(0, len(photographs), BATCH):
             found.append(decompose(model, model.preprocess(photographs[first : first + BATCH]), by="layer").total)
         vectors = torch.cat(found)
-        right = (imagenet.original.head(vectors).argmax(1) == classes).double().mean()
+        right = (imagenet.original.get_classifier()(vectors).argmax(1) == classes).double().mean()
     print(f"{len(vectors)} photographs; the classifier is right on {told(float(right))} of them.\n")
     print(table(vectors, classes, imagenet.tree, imagenet.bank))
 
@@ -224,6 +227,8 @@ def told(share: float) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imagenet", type=Path, metavar="FOLDER")
+    parser.add_argument("--model", default=MODEL, help=f"a classifier of timm's, of ImageNet's classes ({MODEL})")
+    parser.add_argument("--pretrained", action="store_true", help="with timm's weights")
     parser.add_argument("--photograph", type=Path, metavar="FILE")
     parser.add_argument("--wordnet", type=Path, metavar="FOLDER", default=Path("/usr/share/wordnet"))
     parser.add_argument("--table", action="store_true", help="of all photographs of FOLDER")
@@ -232,7 +237,9 @@ if __name__ == "__main__":
         parser.error("--table is of photographs: give --imagenet FOLDER")
     if options.imagenet is None:
         of_a_scene()
-    elif options.table:
-        of_all_photographs(ImageNet.of(options.imagenet, options.wordnet))
     else:
-        of_a_photograph(ImageNet.of(options.imagenet, options.wordnet), options.photograph)
+        imagenet = ImageNet.of(options.imagenet, options.wordnet, options.model, options.pretrained)
+        if options.table:
+            of_all_photographs(imagenet)
+        else:
+            of_a_photograph(imagenet, options.photograph)
