@@ -28,7 +28,7 @@ def directions_for(d_rep, count=3, dtype=torch.float64):
     return torch.randn(count, d_rep, generator=torch.Generator().manual_seed(5), dtype=dtype)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", swept(EXACT))
 def test_contributions_sum_to_the_representation(name):
     check_sums(name, torch.float64)
 

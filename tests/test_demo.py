@@ -65,6 +65,7 @@ def test_the_size_that_it_tells_is_that_of_the_page(rows):
     assert "a circle" in (out / demo.PAGE).read_text(encoding="utf-8")
 
 
+@pytest.mark.sweep
 def test_a_seed_gives_the_same_numbers_again_and_another_seed_others(rows, tmp_path):
     def taken(seed):
         world = demo.World(SIZE, seed, tmp_path)
