@@ -182,7 +182,9 @@ EVERY_KIND = ["class_token", "mean_pool_fc_norm", "siglip", "parallel_things", "
 
 @pytest.mark.filterwarnings("ignore:.*The slow replay takes its place")
 @pytest.mark.parametrize("components", ["attention", "all"])
-@pytest.mark.parametrize("name", [*EVERY_KIND, "swin_padded", "maxvit", "hiera"])
+@pytest.mark.parametrize(
+    "name", [*EVERY_KIND, *(pytest.param(name, marks=pytest.mark.sweep) for name in ("swin_padded", "maxvit", "hiera"))]
+)
 def test_signed_maps_are_the_sums_over_heads_though_layers_are_read_whole(name, components):
     model, images = any_model(name)
     width = decompose(model, images[:1], components=["embed"]).values.shape[-1]

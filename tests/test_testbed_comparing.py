@@ -13,6 +13,7 @@ from vitdecomp_lens.testbed import comparing
 from vitdecomp_lens.testbed.banks import TEMPLATES, features, text_bank
 
 
+@pytest.mark.sweep
 def test_the_command_prints_tables_and_writes_numbers_and_a_plot(tmp_path, monkeypatch, capsys):
     """Two models, and their numbers as they come out of a way of their own."""
     plot, path = tmp_path / "models.png", tmp_path / "found.json"
